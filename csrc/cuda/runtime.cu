@@ -1,0 +1,13 @@
+#include "cuda/runtime.h"
+
+#include "cuda/launch.h"
+
+namespace wsis::cuda {
+
+std::string runtime_version() {
+  int version = 0;
+  check(cudaRuntimeGetVersion(&version), "cudaRuntimeGetVersion");
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+}  // namespace wsis::cuda

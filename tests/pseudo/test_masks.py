@@ -1,0 +1,124 @@
+import numpy as np
+import pytest
+import torch
+
+from wsis.errors import InputError
+from wsis.ops.normalize import max_norm
+from wsis.pseudo import make_pseudo_masks, refined_or_cam_scores
+from wsis.types import Maps
+
+RULES = {
+    "label_afa": {"refine": "par", "low": 0.35, "high": 0.55},
+    "label_toco": {"refine": "par", "low": 0.25, "high": 0.7},
+    "label_rtc": {},  # the defaults
+}
+
+
+def whole(batch, height, width):
+    return torch.tensor([[0, height, 0, width]] * batch)
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_golden(rule, golden, golden_spec, assert_golden):
+    z, spec = golden("pseudo_mask_n2_96x120"), golden_spec("pseudo_mask_n2_96x120")
+    image = torch.from_numpy(z["image_u8"]).permute(0, 3, 1, 2).float() / 255
+    masks = make_pseudo_masks(
+        torch.from_numpy(z["cam"]),
+        image,
+        torch.from_numpy(z["cls_label"]),
+        torch.from_numpy(z["img_box"]),
+        **RULES[rule],
+    )
+    assert masks.dtype == torch.int64
+    assert_golden(spec, rule, masks.numpy(), z[rule])
+
+
+def test_only_labelled_classes_and_only_inside_the_box():
+    label = torch.tensor([[1.0, 0.0, 1.0]])
+    masks = make_pseudo_masks(
+        rand(1, 3, 21, 17), rand(1, 3, 21, 17, seed=1), label, torch.tensor([[2, 19, 0, 11]])
+    )
+    assert set(masks.unique().tolist()) <= {0, 1, 3, 255}
+    outside = masks.clone()
+    outside[:, 2:19, :11] = 255
+    assert (outside == 255).all()
+    assert (masks[:, 2:19, :11] != 255).any()
+
+
+def test_thresholds_decide_without_refinement():
+    levels = torch.tensor([0.1, 0.3, 0.8]).repeat_interleave(8)
+    cams = levels.expand(1, 1, 8, 24)
+    masks = make_pseudo_masks(
+        cams,
+        torch.zeros(1, 3, 8, 24),
+        torch.ones(1, 1),
+        whole(1, 8, 24),
+        refine="none",
+        down_scale=1,
+    )
+    assert masks[0, 0, [0, 12, 20]].tolist() == [0, 255, 1]
+
+
+def test_each_image_is_on_its_own():
+    cams, image = rand(3, 4, 16, 20), rand(3, 3, 16, 20, seed=2)
+    label = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]])
+    together = make_pseudo_masks(cams, image, label, whole(3, 16, 20))
+    for b in range(3):
+        alone = make_pseudo_masks(
+            cams[b : b + 1], image[b : b + 1], label[b : b + 1], whole(1, 16, 20)
+        )
+        assert torch.equal(together[b : b + 1], alone)
+    assert (together[1] == 0).all()  # no class: background
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5)])
+@pytest.mark.parametrize("refine", ["varm", "par", "pamr", "none"])
+def test_odd_sizes_and_half(size, refine):
+    masks = make_pseudo_masks(
+        rand(1, 1, *size).half(),
+        rand(1, 3, *size, seed=3).half(),
+        torch.ones(1, 1),
+        whole(1, *size),
+        refine=refine,
+    )
+    assert masks.shape == (1, *size)
+    assert np.isin(masks.numpy(), [0, 1, 255]).all()
+
+
+def test_scores_come_from_the_refined_cam_else_from_the_cam():
+    cams, refined = rand(2, 3, 4, 4) - 0.3, rand(2, 4, 4, 4, seed=4)
+    label = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    plain = Maps(cams=cams, class_logits=cams.mean((2, 3)), features=rand(2, 8, 4, 4))
+    crr = Maps(plain.cams, plain.class_logits, plain.features, refined)
+    for maps, source in [(plain, cams), (crr, refined[:, 1:])]:
+        scores = refined_or_cam_scores(maps, label, (9, 13))
+        masked = max_norm(source) * label[..., None, None]
+        expected = torch.nn.functional.interpolate(
+            masked, (9, 13), mode="bilinear", align_corners=True
+        )
+        assert torch.allclose(scores, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": torch.ones(1, 2)}, r"label must be \[1, 1\], got \[1, 2\]"),
+        ({"image01": torch.rand(1, 3, 4, 4)}, r"image01 must be \[1, 3, 8, 8\]"),
+        ({"valid_box": torch.zeros(4)}, r"valid_box must be \[1, 4\]"),
+        ({"low": 0.6}, "must not exceed"),
+        ({"refine": "crf"}, "pamr, par or varm"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    arguments = {
+        "cams_norm": rand(1, 1, 8, 8),
+        "image01": rand(1, 3, 8, 8),
+        "label": torch.ones(1, 1),
+        "valid_box": whole(1, 8, 8),
+    }
+    with pytest.raises(InputError, match=message):
+        make_pseudo_masks(**(arguments | change))

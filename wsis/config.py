@@ -1,0 +1,204 @@
+"""A run, as typed dataclasses. `wsis train --print_config` shows them as YAML; every field can be
+set in a YAML file (``--config run.yaml``) or on the command line (``--optim.lr 0.02``).
+
+The defaults are the paper's values for PASCAL VOC with WideResNet38 (method section 3.10 of the
+official release); `wsis.recipes` holds named runs that differ from them and say why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from wsis.losses.rtc import RtcWeights
+
+
+@dataclass
+class DataConfig:
+    """Which images, and how a training sample is drawn from them.
+
+    Attributes:
+        dataset: kind of data set: built-in `scenes`, a `voc` or `coco` tree, or a `folder` + CSV.
+        root: its folder; not needed for `scenes`.
+        train_split: list of training images.
+        val_split: list of held-out images.
+        labels: file with image-level labels, where the tree itself has none.
+        resize_long: the long side of a training image is drawn from this range, pixels.
+        crop: side of the training crop (view 1), pixels.
+        view2: side of the second siamese view, pixels.
+        flip: probability of a horizontal flip.
+        jitter: colour jitter of brightness, contrast, saturation, hue.
+        workers: processes that load data; 0 loads in the training process.
+    """
+
+    dataset: Literal["scenes", "voc", "folder", "coco"] = "voc"
+    root: str | None = None
+    train_split: str = "train"
+    val_split: str = "val"
+    labels: str | None = None
+    resize_long: tuple[int, int] = (448, 768)
+    crop: int = 448
+    view2: int = 128
+    flip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1)
+    workers: int = 2
+
+
+@dataclass
+class ModelConfig:
+    """The network.
+
+    Attributes:
+        backbone: `wideresnet38`, `resnet50`, `resnet101`, `efficientnet_lite0`, `small` or
+            `timm:NAME`.
+        weights: `pretrained` (found or fetched by the backbone's own package), a weights file,
+            or `none` for random initialisation.
+        output_stride: stride of the CAM grid; null takes the backbone's own default.
+        feature_dim: channels of the projected features X.
+        dropout: channel dropout before the CAM head.
+        crr: with cross-representation refinement; false is the Baseline of the method's ladder.
+        crr_dims: channels of cross-representation refinement (shallow, deep 4, deep 5, deep).
+        decoder_dims: channels of the decoder (middle, branch, shallow, joint).
+        freeze_stem: keep the first stages at their pretrained weights.
+        freeze_bn: keep every BatchNorm in inference mode; false when training from scratch.
+    """
+
+    backbone: str = "wideresnet38"
+    weights: str = "none"
+    output_stride: int | None = None
+    feature_dim: int = 256
+    dropout: float = 0.5
+    crr: bool = True
+    crr_dims: tuple[int, int, int, int] = (64, 128, 128, 128)
+    decoder_dims: tuple[int, int, int, int] = (512, 256, 48, 256)
+    freeze_stem: bool = True
+    freeze_bn: bool = True
+
+
+@dataclass
+class PseudoConfig:
+    """How the refined CAM becomes a pseudo mask during training (two thresholds).
+
+    Attributes:
+        start: share of the epochs after which the decoder starts to learn from pseudo masks
+            (7 of 25 in the paper).
+        high: background score above which a pixel must rise to become foreground.
+        low: background score under which all classes must stay for sure background.
+        refine: local-affinity operator, `varm` (paper), `par`, `pamr` or `none`.
+        iterations: refinement iterations.
+        dilations: dilations of its 8-neighbourhoods.
+        down_scale: the refinement runs at the crop size divided by this.
+    """
+
+    start: float = 7 / 25
+    high: float = 0.55
+    low: float = 0.20
+    refine: Literal["varm", "par", "pamr", "none"] = "varm"
+    iterations: int = 10
+    dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
+    down_scale: int = 2
+
+
+@dataclass
+class OptimConfig:
+    """Optimiser and schedule.
+
+    Attributes:
+        name: `sgd` (paper) or `adamw` (transformer backbones).
+        lr: learning rate of pretrained weights; their biases get twice that, new weights
+            `new_lr_scale` times, new biases twice `new_lr_scale` times.
+        momentum: SGD momentum; the official release ran with 5e-4 (it hands its weight decay
+            to the momentum argument).
+        weight_decay: of weights; biases have none.
+        new_lr_scale: learning-rate factor of layers that start from random weights.
+        power: exponent of the poly schedule (1 - t/T)^power.
+        warmup: share of all steps with linear warm-up.
+        clip: largest gradient norm; null does not clip.
+        epochs: passes over the training list.
+        batch_size: images per optimiser step over all processes and accumulation parts.
+        accumulate: parts that a batch is split into, to save memory.
+        ema: decay of the exponential moving average of the weights; 0 keeps none. Where there
+            is one, it is what is evaluated.
+        amp: `off`, `bf16` or `fp16` automatic mixed precision.
+    """
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.01
+    momentum: float = 5e-4
+    weight_decay: float = 5e-4
+    new_lr_scale: float = 10.0
+    power: float = 0.9
+    warmup: float = 0.0
+    clip: float | None = None
+    epochs: int = 25
+    batch_size: int = 8
+    accumulate: int = 1
+    ema: float = 0.0
+    amp: Literal["off", "bf16", "fp16"] = "off"
+
+
+@dataclass
+class PredictConfig:
+    """How masks are predicted from the trained network, without image labels.
+
+    Attributes:
+        scales: sizes of the passes, relative to the image (or to `base_long`).
+        flip: also predict the mirrored image at every scale.
+        background: constant background score; 0.17 is the official value, which its authors
+            picked on val.
+        gate: multiply each class by its image-level probability.
+        base_long: first resize the long side to this, for networks trained at small crops;
+            null keeps the image as it is.
+        convention: how IoU is averaged over classes (see `wsis evaluate --help`).
+    """
+
+    scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+    flip: bool = True
+    background: float = 0.17
+    gate: bool = True
+    base_long: int | None = None
+    convention: str = "voc"
+
+
+@dataclass
+class TrainConfig:
+    """A whole run.
+
+    Attributes:
+        data: images and augmentation.
+        model: network.
+        loss: terms, weights and constants of the method. The ladder: Baseline `model.crr=false`;
+            +CRR `loss.ctr=0 loss.com=0`; +CRR+CTR `loss.com=0`; +All the defaults.
+        pseudo: online pseudo masks.
+        optim: optimiser and schedule.
+        predict: inference and scoring after training.
+        supervision: `labels` (image-level labels alone: the method) or `masks` (the fully
+            supervised twin: the same network, data and budget, told the truth).
+        seed: of everything random.
+        threads: CPU threads of torch; 0 leaves torch's own choice.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        save_every: also checkpoint every so many steps; 0 saves after epochs only.
+        validate_every: epochs between measurements of classification mAP on the val labels.
+        quality_images: training images on which CAM seeds and pseudo masks are scored at the
+            end, where masks exist; 0 for none, -1 for all.
+        report_images: images shown in the report.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: RtcWeights = field(default_factory=RtcWeights)
+    pseudo: PseudoConfig = field(default_factory=PseudoConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    predict: PredictConfig = field(default_factory=PredictConfig)
+    supervision: Literal["labels", "masks"] = "labels"
+    seed: int = 1
+    threads: int = 0
+    device: str = "auto"
+    save_every: int = 0
+    validate_every: int = 1
+    quality_images: int = -1
+    report_images: int = 8
+
+    def as_dict(self) -> dict:
+        """Plain nested dictionaries, ready for YAML or JSON."""
+        return asdict(self)

@@ -1,0 +1,180 @@
+"""Training batches in an order that two integers determine: the seed and the epoch.
+
+Every sample has its own random generator, Philox keyed by (seed, epoch) with the image's position
+as the counter, and the order of an epoch comes from the same key. So a batch depends neither on
+the number of workers nor of processes, and a run resumes in the middle of an epoch without any
+state of the loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from wsis.data.augment import Triple, torchvision_functional, train_transform
+from wsis.data.dataset import Dataset
+from wsis.errors import InputError, MissingExtraError
+from wsis.types import Batch
+
+
+class TrainLoader:
+    """Augmented batches of a data set, shuffled anew each epoch.
+
+    Args:
+        dataset: images and labels; its masks are opened only with `masks`.
+        batch_size: size of the global batch, over all processes.
+        crop: side of the images in a batch.
+        resize_long: range of the longer side before cropping.
+        flip: probability of mirroring.
+        jitter: brightness, contrast, saturation, hue.
+        mean: of images in [0, 1], the backbone's.
+        std: of images in [0, 1], the backbone's.
+        seed: not negative.
+        workers: processes that prepare batches; 0 prepares them in this one.
+        masks: also load masks, for training with full supervision.
+        rank: number of this process.
+        world_size: number of processes; each gets its slice of every global batch.
+
+    Attributes:
+        steps_per_epoch: global batches per epoch; the last partial one is dropped.
+
+    Raises:
+        InputError: batch not divisible by world size or larger than the data set, negative seed.
+
+    Example:
+        >>> from wsis.data import open_dataset
+        >>> loader = TrainLoader(open_dataset("scenes", n_train=8), batch_size=4, crop=64,
+        ...     resize_long=(64, 96), flip=0.5, jitter=(0.3, 0.3, 0.3, 0.1),
+        ...     mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), seed=1)
+        >>> [batch.image.shape[0] for batch in loader.epoch(0)]
+        [4, 4]
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        crop: int,
+        resize_long: tuple[int, int],
+        flip: float,
+        jitter: tuple[float, float, float, float],
+        mean: Triple,
+        std: Triple,
+        seed: int,
+        workers: int = 0,
+        masks: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise InputError(
+                f"batch size must be a positive multiple of the number of processes {world_size}, "
+                f"got {batch_size}"
+            )
+        if batch_size > len(dataset):
+            raise InputError(
+                f"batch size {batch_size} exceeds the {len(dataset)} images of the data set; "
+                "choose a smaller one"
+            )
+        if not 0 <= seed < 2**64:
+            raise InputError(f"seed must be in [0, 2^64), got {seed}")
+        if not 1 <= resize_long[0] <= resize_long[1]:
+            raise InputError(f"expected resize_long 1 <= low <= high, got {resize_long}")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.workers = workers
+        self.rank = rank
+        self.world_size = world_size
+        self.steps_per_epoch = len(dataset) // batch_size
+        self._masks = masks
+        self._transform: dict[str, Any] = {
+            "crop": crop,
+            "resize_long": tuple(resize_long),
+            "flip": flip,
+            "jitter": tuple(jitter),
+            "mean": tuple(mean),
+            "std": tuple(std),
+        }
+        torchvision_functional()  # once here, else every worker of every epoch imports it
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches `start`, `start + 1`, ... of one epoch, equal to the tail of the whole epoch.
+
+        Raises:
+            InputError: an image or a mask cannot be used; the message names the file.
+        """
+        order = _philox(self.seed, epoch).permutation(len(self.dataset))
+        per_rank = self.batch_size // self.world_size
+        batches = []
+        for step in range(start, self.steps_per_epoch):
+            first = step * self.batch_size + self.rank * per_rank
+            batches.append(order[first : first + per_rank].tolist())
+        loader = DataLoader(
+            _Samples(self.dataset, self.seed, epoch, self._masks, self._transform),
+            batch_sampler=batches,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            worker_init_fn=_one_thread,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else each epoch would draw from the global one
+        )
+        for fields in loader:
+            if "error" in fields:
+                raise InputError(fields["error"])
+            yield Batch(**fields)
+
+
+class _Samples:
+    """Augmented samples of one epoch by position; a bad file becomes a sample {"error": message}.
+
+    An exception raised in a worker would reach the caller wrapped in the worker's traceback.
+    """
+
+    def __init__(
+        self, dataset: Dataset, seed: int, epoch: int, masks: bool, transform: dict[str, Any]
+    ) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.epoch = epoch
+        self.masks = masks
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        try:
+            image = self.dataset.image(i)
+            mask = self.dataset.mask(i) if self.masks else None
+        except (InputError, MissingExtraError) as error:
+            return {"error": str(error)}
+        # Philox counters differ in another word than the one that counts draws: no overlap.
+        rng = torch.Generator()
+        rng.manual_seed(int(_philox(self.seed, self.epoch, i + 1).integers(2**63)))
+        pixels, mask, valid_box = train_transform(image, mask, rng, **self.transform)
+        label = torch.from_numpy(self.dataset.labels[i].astype(np.float32))
+        sample = {"image": pixels, "label": label, "valid_box": valid_box, "index": torch.tensor(i)}
+        return sample if mask is None else sample | {"mask": mask}
+
+
+def _philox(seed: int, epoch: int, stream: int = 0) -> np.random.Generator:
+    key = np.array([seed, epoch], dtype=np.uint64)
+    counter = np.array([0, 0, stream, 0], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def _collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    failed = next((sample for sample in samples if "error" in sample), None)
+    if failed is not None:
+        return failed
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

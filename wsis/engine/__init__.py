@@ -1,0 +1,1 @@
+"""Floor 5: optimiser groups, checkpoints, logs, interrupts, launch; imported by submodule."""

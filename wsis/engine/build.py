@@ -1,0 +1,33 @@
+"""From a run's configuration to its parts."""
+
+from __future__ import annotations
+
+from wsis.config import DataConfig, ModelConfig
+from wsis.data.dataset import Dataset, open_dataset
+from wsis.models.backbones import create_backbone
+from wsis.models.rtc import RTC
+
+
+def build_model(config: ModelConfig, num_classes: int) -> RTC:
+    """The network for `num_classes` foreground classes."""
+    pretrained = {"none": False, "pretrained": True}.get(config.weights, config.weights)
+    backbone = create_backbone(
+        config.backbone, pretrained=pretrained, output_stride=config.output_stride
+    )
+    return RTC(
+        backbone,
+        num_classes,
+        feature_dim=config.feature_dim,
+        dropout=config.dropout,
+        crr=config.crr,
+        crr_dims=tuple(config.crr_dims),
+        decoder_dims=tuple(config.decoder_dims),
+        freeze_stem=config.freeze_stem,
+        freeze_bn=config.freeze_bn,
+    )
+
+
+def open_split(config: DataConfig, split: str) -> Dataset:
+    """One split of a run's data set."""
+    options = {"labels": config.labels} if config.labels else {}
+    return open_dataset(config.dataset, config.root, split, **options)

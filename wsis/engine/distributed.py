@@ -1,0 +1,139 @@
+"""Data-parallel processes started by torchrun; every function also works without a launch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from wsis.errors import InputError
+
+_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def default_device() -> torch.device:
+    """The GPU of this process where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+@contextmanager
+def session(device: str = "auto", *, timeout: float = 600.0) -> Iterator[torch.device]:
+    """Belong to the processes that torchrun started (nccl on GPUs, gloo on CPUs).
+
+    When a rank dies torchrun ends the others; besides, a collective that waits longer than
+    ``timeout`` fails. So work that one rank does alone (validation, saving) must stay below it.
+    The group is not taken down after an error: with nccl that would wait for the other ranks.
+
+    Args:
+        device: ``"auto"`` (CUDA where available) or a torch device name.
+        timeout: seconds a collective may wait; 600 is torch's own default for nccl.
+
+    Yields:
+        The device of this process. Without a launch nothing else happens.
+
+    Raises:
+        InputError: a launch variable is missing, or there are fewer GPUs than processes here.
+    """
+    kind = default_device().type if device == "auto" else torch.device(device).type
+    if "RANK" not in os.environ:
+        yield default_device() if device == "auto" else torch.device(device)
+        return
+    missing = [name for name in _LAUNCH if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"RANK is set but {', '.join(missing)} is not; launch with torchrun, or unset RANK"
+        )
+    backend = "gloo"
+    if kind == "cuda":
+        backend, local, found = "nccl", int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= found:
+            raise InputError(
+                f"process {local} of this machine needs its own GPU, found {found}; "
+                "lower torchrun's --nproc-per-node"
+            )
+        torch.cuda.set_device(local)
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    yield default_device() if kind == "cuda" else torch.device(kind)
+    dist.destroy_process_group()
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Number of this process, 0 without a launch."""
+    return dist.get_rank() if _joined() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a launch."""
+    return dist.get_world_size() if _joined() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and prints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if _joined():
+        dist.barrier()
+
+
+def _device() -> torch.device:
+    """Where the tensors of a collective must lie."""
+    return default_device() if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def all_reduce_mean(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Mean over processes of named scalars, in float64; all processes give the same names."""
+    means = {name: float(value) for name, value in values.items()}
+    if world_size() == 1 or not means:
+        return means
+    names = sorted(means)
+    packed = torch.tensor([means[name] for name in names], dtype=torch.float64, device=_device())
+    dist.all_reduce(packed)
+    reduced = dict(zip(names, (packed / world_size()).tolist(), strict=True))
+    return {name: reduced[name] for name in means}
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set in any process, so that all of them stop at the same step."""
+    if world_size() == 1:
+        return flag
+    packed = torch.tensor([float(flag)], device=_device())
+    dist.all_reduce(packed, dist.ReduceOp.MAX)
+    return bool(packed.item())
+
+
+def wrap_ddp(model: nn.Module, *, find_unused: bool = False) -> nn.Module:
+    """The model in DistributedDataParallel, or itself where there is one process only.
+
+    Buffers are not broadcast: frozen norms need no broadcast, and one between two forward passes of
+    a step changes in place what the first pass saved for its backward.
+
+    Args:
+        model: on the device of this process.
+        find_unused: some trainable parameters get no gradient in some steps. Then the forward of
+            ``model`` must be called once per step: DDP looks for the unused ones in each call.
+    """
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(
+        model, broadcast_buffers=False, find_unused_parameters=find_unused
+    )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside :func:`wrap_ddp`."""
+    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -1,0 +1,94 @@
+"""One training step: from a batch to named losses. The only place where the method's rooms meet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from wsis.config import PseudoConfig
+from wsis.data.views import second_view
+from wsis.losses.rtc import RtcWeights, rtc_losses
+from wsis.losses.supervised import supervised_losses
+from wsis.models.rtc import RTC
+from wsis.pseudo.masks import make_pseudo_masks, refined_or_cam_scores
+from wsis.types import Batch, Maps
+
+
+class Siamese(nn.Module):
+    """Both views through shared weights, in one forward, as data-parallel wrappers need it."""
+
+    def __init__(self, model: RTC) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, image: Tensor, view2: Tensor | None, decode: bool
+    ) -> tuple[Maps, Maps | None]:
+        """Maps of `image [B, 3, H, W]` (decoded if asked) and of `view2 [B, 3, s, s]` if given."""
+        first = self.model(image, decode=decode)
+        second = None if view2 is None else self.model(view2, decode=False)
+        return first, second
+
+
+def weak_losses(
+    siamese: nn.Module,
+    model: RTC,
+    batch: Batch,
+    *,
+    view2_size: int,
+    weights: RtcWeights,
+    pseudo: PseudoConfig,
+    segment: bool,
+) -> tuple[dict[str, Tensor], Maps, Tensor | None]:
+    """Losses of the method from image-level labels alone.
+
+    Args:
+        siamese: `Siamese(model)`, possibly wrapped for data-parallel training.
+        model: the network inside it (for its mean and std).
+        batch: images and labels; its masks, if any, are not read.
+        view2_size: side of the second view.
+        weights: the method's terms and switches.
+        pseudo: rule of the online pseudo masks.
+        segment: whether the decoder learns yet.
+
+    Returns:
+        Named scalars with `total`; the maps of view 1; the pseudo masks `[B, H, W] int64` or None.
+    """
+    size = batch.image.shape[-2:]
+    first, second = siamese(batch.image, second_view(batch.image, view2_size), segment)
+    masks = pseudo_masks(model, batch, first, pseudo) if segment else None
+    losses = rtc_losses(
+        first,
+        second,
+        batch.label,
+        image_size=tuple(size),
+        view2_size=view2_size,
+        weights=weights,
+        pseudo_masks=masks,
+    )
+    return losses, first, masks
+
+
+@torch.no_grad()
+def pseudo_masks(model: RTC, batch: Batch, maps: Maps, pseudo: PseudoConfig) -> Tensor:
+    """Online pseudo masks `[B, H, W] int64` (0..K, 255) of view 1."""
+    mean = batch.image.new_tensor(model.backbone.mean).view(1, 3, 1, 1)
+    std = batch.image.new_tensor(model.backbone.std).view(1, 3, 1, 1)
+    return make_pseudo_masks(
+        refined_or_cam_scores(maps, batch.label, tuple(batch.image.shape[-2:])),
+        batch.image * std + mean,
+        batch.label,
+        batch.valid_box,
+        high=pseudo.high,
+        low=pseudo.low,
+        refine=pseudo.refine,
+        iterations=pseudo.iterations,
+        dilations=tuple(pseudo.dilations),
+        down_scale=pseudo.down_scale,
+    )
+
+
+def mask_losses(siamese: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Maps]:
+    """Losses of the fully supervised twin: classification and cross-entropy on true masks."""
+    first, _ = siamese(batch.image, None, True)
+    return supervised_losses(first, batch.label, batch.mask), first

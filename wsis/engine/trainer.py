@@ -1,0 +1,392 @@
+"""The training loop: data order, optimiser steps, checkpoints, logs, resume.
+
+Everything random in a step follows from (seed, step): the loader keys its samples by
+(seed, epoch, position), dropout is re-seeded before every step. So a checkpoint needs no generator
+state, and a run that was killed at any moment ends bit-identical to an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from wsis.config import TrainConfig
+from wsis.data.dataset import Dataset
+from wsis.data.loader import TrainLoader
+from wsis.engine import distributed
+from wsis.engine.build import build_model, open_split
+from wsis.engine.checkpoint import (
+    CheckpointStore,
+    optimizer_state,
+    restore_optimizer,
+    save_weights,
+)
+from wsis.engine.interrupt import StopRequest
+from wsis.engine.logs import RunLog, versions, write_json_atomic
+from wsis.engine.meters import RunningMean
+from wsis.engine.optim import finite_norm, make_optimizer, poly_factor, set_lr
+from wsis.engine.step import Siamese, mask_losses, weak_losses
+from wsis.engine.validate import classification_map
+from wsis.errors import InputError
+from wsis.models.rtc import RTC
+from wsis.types import Batch
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is not finite; the weights are those of the step before."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How training ended.
+
+    Attributes:
+        finished: False when a signal stopped it; resume goes on from there.
+        epochs: whole epochs done.
+        seconds: training time over all parts of the run.
+    """
+
+    finished: bool
+    epochs: int
+    seconds: float
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes the process's GPU where there is one; InputError for one that is not there."""
+    if name == "auto":
+        return distributed.default_device()
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device '{name}' cannot be used here: {str(error).splitlines()[0]}; use --device cpu"
+        ) from error
+
+
+def identity(config: TrainConfig, dataset: Dataset) -> str:
+    """Hash of everything that a checkpoint depends on; a resumed run must have the same."""
+    relevant = config.as_dict()
+    for free in ("threads", "device", "report_images", "quality_images", "predict", "save_every"):
+        relevant.pop(free)
+    relevant["data"].pop("workers")
+    relevant["data"].pop("root")
+    relevant["fingerprint"] = dataset.fingerprint()
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+
+
+class Trainer:
+    """One training run in one folder.
+
+    Args:
+        config: the whole run.
+        folder: where checkpoints, logs and weights go; made if absent.
+        resume: go on from the folder's last checkpoint, if it has one.
+
+    Raises:
+        InputError: the folder holds another run's checkpoint, or none of `config`'s parts works.
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path, *, resume: bool) -> None:
+        self.config, self.folder = config, Path(folder)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.device = pick_device(config.device)
+        self.train_set = open_split(config.data, config.data.train_split)
+        self.val_set = open_split(config.data, config.data.val_split)
+        if config.supervision == "masks" and not self.train_set.has_masks:
+            raise InputError(
+                f"--supervision masks needs masks, but {self.train_set.root} has none for "
+                f"'{self.train_set.split}'; train with --supervision labels"
+            )
+        if config.optim.batch_size % config.optim.accumulate:
+            raise InputError(
+                f"optim.batch_size ({config.optim.batch_size}) must be a multiple of "
+                f"optim.accumulate ({config.optim.accumulate})"
+            )
+
+        torch.manual_seed(config.seed)
+        self.model = build_model(config.model, len(self.train_set.classes))
+        self.model.to(self.device, memory_format=torch.channels_last)
+        self.siamese = distributed.wrap_ddp(Siamese(self.model))
+        self.optimizer = make_optimizer(
+            self.model,
+            name=config.optim.name,
+            lr=config.optim.lr,
+            momentum=config.optim.momentum,
+            weight_decay=config.optim.weight_decay,
+            new_lr_scale=config.optim.new_lr_scale,
+        )
+        self.ema = None
+        if config.optim.ema > 0:
+            average = get_ema_multi_avg_fn(config.optim.ema)
+            self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=config.optim.amp == "fp16" and self.device.type == "cuda"
+        )
+        self.loader = TrainLoader(
+            self.train_set,
+            batch_size=config.optim.batch_size,
+            crop=config.data.crop,
+            resize_long=tuple(config.data.resize_long),
+            flip=config.data.flip,
+            jitter=tuple(config.data.jitter),
+            mean=self.model.backbone.mean,
+            std=self.model.backbone.std,
+            seed=config.seed,
+            workers=config.data.workers,
+            masks=config.supervision == "masks",
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        self.total_steps = config.optim.epochs * self.loader.steps_per_epoch
+        self.segment_from = round(config.pseudo.start * config.optim.epochs)
+
+        self.step = 0
+        self.seconds = 0.0
+        self.best_map = -1.0
+        self.means = RunningMean()
+        self.store = CheckpointStore(self.folder / "ckpt")
+        self.log = RunLog(self.folder)
+        self.identity = identity(config, self.train_set)
+        if resume and (latest := self.store.latest()) is not None:
+            self._restore(latest)
+        self.log.rewind(self.step)
+        if distributed.is_main():
+            self._describe()
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def _describe(self) -> None:
+        """Store what a reader of the folder needs: configuration, versions, data fingerprint."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(json.loads(json.dumps(self.config.as_dict())), sort_keys=False)
+        temporary = self.folder / "config.yaml.tmp"
+        temporary.write_text(text)
+        temporary.replace(self.folder / "config.yaml")
+        about = {
+            "versions": versions(),
+            "identity": self.identity,
+            "train": self._about(self.train_set),
+            "val": self._about(self.val_set),
+            "world_size": distributed.world_size(),
+            "device": str(self.device),
+        }
+        write_json_atomic(self.folder / "about.json", about)
+
+    @staticmethod
+    def _about(dataset: Dataset) -> dict:
+        return {
+            "name": dataset.name,
+            "split": dataset.split,
+            "images": len(dataset),
+            "classes": list(dataset.classes),
+            "fingerprint": dataset.fingerprint(),
+        }
+
+    def _save(self, *, pin: str | None = None) -> None:
+        if not distributed.is_main():
+            return
+        tensors, scalars = optimizer_state(self.optimizer, self.model)
+        groups = {"model": self.model.state_dict(), "optimizer": tensors}
+        if self.ema is not None:
+            groups["ema"] = self.ema.state_dict()
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "best_map": self.best_map,
+            "means": self.means.state(),
+            "optimizer": scalars,
+            "scaler": self.scaler.state_dict(),
+            "identity": self.identity,
+        }
+        self.store.save(self.step, groups, state, pin=pin)
+
+    def _restore(self, path: Path) -> None:
+        groups, state = self.store.load(path)
+        if state["identity"] != self.identity:
+            raise InputError(
+                f"{path} belongs to a run with another configuration or data set; resume with the "
+                f"configuration in {self.folder / 'config.yaml'}, or choose another --out"
+            )
+        self.model.load_state_dict(groups["model"])
+        restore_optimizer(self.optimizer, self.model, groups["optimizer"], state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(groups["ema"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        self.best_map = state["best_map"]
+        self.means.load_state(state["means"])
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    def _seed_step(self) -> None:
+        """Key torch's generators by (seed, step, rank): dropout needs no stored state."""
+        key = np.random.SeedSequence([self.config.seed, self.step, distributed.rank()])
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+
+    def _parts(self, batch: Batch) -> Iterator[Batch]:
+        """The batch in `accumulate` equal parts."""
+        count = self.config.optim.accumulate
+        size = len(batch.image) // count
+        for k in range(count):
+            part = slice(k * size, (k + 1) * size)
+            yield Batch(
+                batch.image[part],
+                batch.label[part],
+                batch.valid_box[part],
+                batch.index[part],
+                None if batch.mask is None else batch.mask[part],
+            )
+
+    def _losses(self, batch: Batch, segment: bool) -> dict[str, Tensor]:
+        if self.config.supervision == "masks":
+            return mask_losses(self.siamese, batch)[0]
+        return weak_losses(
+            self.siamese,
+            self.model,
+            batch,
+            view2_size=self.config.data.view2,
+            weights=self.config.loss,
+            pseudo=self.config.pseudo,
+            segment=segment,
+        )[0]
+
+    def _train_step(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
+        """One optimiser step. Raises NonFiniteError before any weight moves."""
+        optim = self.config.optim
+        self._seed_step()
+        factor = poly_factor(
+            self.step,
+            self.total_steps,
+            power=optim.power,
+            warmup=int(optim.warmup * self.total_steps),
+        )
+        set_lr(self.optimizer, factor)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        for part in self._parts(batch.to(self.device)):
+            with torch.autocast(
+                self.device.type, AMP_DTYPES.get(optim.amp), enabled=optim.amp != "off"
+            ):
+                losses = self._losses(part, epoch >= self.segment_from)
+            self.scaler.scale(losses["total"] / optim.accumulate).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() / optim.accumulate
+        self.scaler.unscale_(self.optimizer)
+        norm = finite_norm(self.model.parameters(), optim.clip)
+        # fp16 overflow is the scaler's business: it skips the step and lowers its scale.
+        if not self.scaler.is_enabled() and not bool(torch.isfinite(norm + sums["total"])):
+            names = [self.train_set.ids[i] for i in batch.index.tolist()]
+            terms = {name: float(value) for name, value in sums.items()}
+            raise NonFiniteError(
+                f"loss or gradient not finite at step {self.step} (losses {terms}, gradient norm "
+                f"{float(norm)}); the weights are unchanged. Images: {', '.join(names)}. "
+                "Lower --optim.lr or set --optim.clip"
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return sums
+
+    def _validate(self) -> float:
+        value = classification_map(
+            self.evaluated_model(),
+            self.val_set,
+            long_side=self.config.data.crop,
+            device=self.device,
+        )
+        self.model.train()
+        return value
+
+    def evaluated_model(self) -> RTC:
+        """The network whose weights are the result: the moving average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    # -- loop ----------------------------------------------------------------------------------
+
+    def run(self) -> TrainResult:
+        """Train to the end, or until a signal asks to stop; both leave a checkpoint."""
+        steps = self.loader.steps_per_epoch
+        bar = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            unit="step",
+            disable=not distributed.is_main(),
+            dynamic_ncols=True,
+        )
+        with StopRequest() as stop, bar:
+            while self.step < self.total_steps:
+                epoch, start = divmod(self.step, steps)
+                bar.set_description(f"epoch {epoch + 1}/{self.config.optim.epochs}")
+                if not self._epoch(epoch, start, stop, bar):
+                    self._save()
+                    return TrainResult(False, self.step // steps, self.seconds)
+        if distributed.is_main():
+            metadata = {"identity": self.identity, "step": str(self.step)}
+            save_weights(
+                self.folder / "weights.safetensors", self.evaluated_model().state_dict(), metadata
+            )
+        return TrainResult(True, self.config.optim.epochs, self.seconds)
+
+    def _epoch(self, epoch: int, start: int, stop: StopRequest, bar: tqdm) -> bool:
+        """Train from batch `start` to the end of the epoch; False when asked to stop before."""
+        self.model.train()
+        every = self.config.save_every
+        for batch in self.loader.epoch(epoch, start):
+            began = time.monotonic()
+            losses = self._train_step(batch, epoch)
+            self.step += 1
+            values = distributed.all_reduce_mean(losses)
+            self.means.update(values)
+            self.seconds += time.monotonic() - began
+            if distributed.is_main():
+                self.log.record(self.step, epoch=epoch + 1, **values)
+            self._show(bar)
+            if self.step % self.loader.steps_per_epoch == 0:
+                break
+            if distributed.any_rank(stop.requested):
+                return False
+            if every and self.step % every == 0:
+                self._save()
+        self._end_epoch(epoch)
+        return not distributed.any_rank(stop.requested) or self.step >= self.total_steps
+
+    def _show(self, bar: tqdm) -> None:
+        means = self.means.mean()
+        text = [f"{name} {means[name]:.3f}" for name in ("total", "cls", "seg") if name in means]
+        if self.best_map >= 0:
+            text.append(f"mAP {self.best_map:.1f}")
+        text.append(f"{self.config.optim.batch_size * (bar.format_dict['rate'] or 0):.1f} img/s")
+        bar.set_postfix_str(", ".join(text), refresh=False)
+        bar.update()
+
+    def _end_epoch(self, epoch: int) -> None:
+        if not distributed.is_main():
+            return
+        row = {"lr": self.optimizer.param_groups[0]["lr"], **self.means.mean()}
+        pin = None
+        last = epoch + 1 == self.config.optim.epochs
+        if last or (epoch + 1) % self.config.validate_every == 0:
+            row["val_map"] = self._validate()
+            if row["val_map"] > self.best_map:
+                self.best_map, pin = row["val_map"], "best"
+        self.means.reset()
+        self.log.epoch(epoch + 1, self.step, **row)
+        self.log.time(self.step, seconds=self.seconds)
+        self.log.sync()
+        self._save(pin=pin)

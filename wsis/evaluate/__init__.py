@@ -1,0 +1,1 @@
+"""Masks and maps -> numbers under a named protocol, and a report with pictures."""

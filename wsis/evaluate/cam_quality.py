@@ -1,0 +1,133 @@
+"""How good CAM seeds and pseudo masks are, on training images whose labels are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from wsis.evaluate.conventions import Tally
+from wsis.evaluate.protocols import PRESETS, Protocol
+from wsis.evaluate.segmentation import (
+    THRESHOLDS,
+    WITH_TRUTH,
+    Coverage,
+    Curve,
+    images_to_score,
+)
+from wsis.offline.cams import make_seeds, pseudo_mask
+
+if TYPE_CHECKING:
+    from wsis.data.dataset import Dataset
+    from wsis.models.rtc import RTC
+    from wsis.pseudo.masks import Refinement
+
+FIXED = (0.17, 0.2)
+"""Background scores at which seeds are also scored: RTC's at test time, and its training's."""
+
+
+def evaluate_cams(
+    model: RTC,
+    dataset: Dataset,
+    *,
+    protocol: Protocol = PRESETS["voc-rtc"],
+    high: float = 0.55,
+    low: float = 0.20,
+    refine: Refinement = "varm",
+    iterations: int = 10,
+    dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
+    down_scale: int = 2,
+    limit: int | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """Score the CAM seeds and the two-threshold pseudo masks of a training list.
+
+    Args:
+        model: the network, see `wsis.offline.predict.predict`.
+        dataset: images, image-level labels (given to the method) and masks (for scoring only).
+        protocol: its scales, flip, base_long, convention and checkpoint are used; background,
+            gate and image labels are set to what happens here.
+        high: background score above which a pixel must rise to become foreground.
+        low: background score under which all classes must stay for sure background.
+        refine: local-affinity operator of the pseudo masks: `varm`, `par`, `pamr` or `none`.
+        iterations: its iterations.
+        dilations: dilations of its 8-neighbourhoods.
+        down_scale: it runs at the image size divided by this.
+        limit: only the first so many images of the list.
+        device: where the passes run; by default where the network's parameters lie.
+
+    Returns:
+        JSON-ready: ``protocol``; ``cam`` and ``refined`` (None for a model without refinement),
+        each the curve over background scores 0..0.59, whose best value is chosen with ground
+        truth, and ``fixed``: mean IoU at 0.17 and 0.20; ``pseudo``: ``scores`` with 255 counted
+        ``wrong`` and with 255 ``ignored``, ``coverage`` in percent, and the rule's constants.
+
+    Raises:
+        InputError: the data set has no masks, or one is missing.
+    """
+    count = images_to_score(dataset, limit)
+    size = len(dataset.classes) + 1
+    protocol = replace(
+        protocol.on(dataset, count),
+        subject="CAM seeds and pseudo masks",
+        background=None,
+        background_choice=f"swept 0 to 0.59, {WITH_TRUTH}",
+        gate=False,
+        fuse="sum, then normalised per class",
+        image_labels=True,
+    )
+    curves = {"cam": Curve(size), "refined": Curve(size)}
+    wrong = Tally(size, protocol.convention, unsure="wrong")
+    ignored = Tally(size, protocol.convention, unsure="ignored")
+    coverage = Coverage()
+    for index in tqdm(range(count), desc="CAM seeds", unit="image"):
+        image, label, truth = dataset.image(index), dataset.labels[index], dataset.mask(index)
+        name = dataset.ids[index]
+        seeds = make_seeds(model, image, label, **protocol.passes(), device=device)
+        curves["cam"].add(seeds.cam.numpy(), truth)
+        if seeds.refined is not None:
+            curves["refined"].add(seeds.refined.numpy(), truth)
+        mask = pseudo_mask(
+            seeds.best,
+            image,
+            label,
+            high=high,
+            low=low,
+            refine=refine,
+            iterations=iterations,
+            dilations=tuple(dilations),
+            down_scale=down_scale,
+        )
+        wrong.add(mask, truth, name)
+        ignored.add(mask, truth, name)
+        coverage.add(mask, truth)
+    return {
+        "protocol": protocol.as_dict(),
+        "cam": _seed_result(curves["cam"], protocol.convention),
+        "refined": (
+            None if seeds.refined is None else _seed_result(curves["refined"], protocol.convention)
+        ),
+        "pseudo": {
+            "wrong": wrong.scores().as_dict(),
+            "ignored": ignored.scores().as_dict(),
+            "coverage": coverage.percent(),
+            "rule": {
+                "high": high,
+                "low": low,
+                "refine": refine,
+                "iterations": iterations,
+                "dilations": list(dilations),
+                "down_scale": down_scale,
+            },
+        },
+    }
+
+
+def _seed_result(curve: Curve, convention: str) -> dict[str, Any]:
+    result = curve.as_dict(convention)
+    position = {round(value, 4): index for index, value in enumerate(THRESHOLDS.tolist())}
+    fixed = {f"{value:.2f}": result["miou"][position[value]] for value in FIXED}
+    return {**result, "fixed": fixed}

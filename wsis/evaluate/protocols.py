@@ -1,0 +1,130 @@
+"""What has to be said next to every number: how it came about."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from wsis.errors import InputError
+
+if TYPE_CHECKING:
+    from wsis.data.dataset import Dataset
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """All that moves a segmentation score and is not the network.
+
+    The first six fields are the ones a run configures (`wsis.config.PredictConfig`).
+
+    Attributes:
+        scales: sizes of the passes relative to the image; empty for stored masks, whose making
+            is not known here.
+        flip: whether mirrored passes take part.
+        background: constant background score; None where it is swept or does not apply.
+        gate: whether classes are multiplied by their image-level probability.
+        base_long: long side before scaling, or None.
+        convention: name of the mean IoU convention.
+        background_choice: how the background score was chosen; where empty, `describe` says who
+            chose 0.17 and that any other value was set by the user.
+        fuse: how passes become one map.
+        crf: constants of a dense CRF, or `none`.
+        image_labels: whether ground-truth image labels were used.
+        checkpoint: which weights: `last`, `best on val labels`, ...
+        subject: what is scored.
+        dataset: kind of data set.
+        split: its list.
+        images: how many images were scored.
+        list_hash: first 12 hex digits of the SHA-256 of their ids, one per line.
+        ground_truth: where the masks come from.
+    """
+
+    scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+    flip: bool = True
+    background: float | None = 0.17
+    gate: bool = True
+    base_long: int | None = None
+    convention: str = "voc"
+    background_choice: str = ""
+    fuse: str = "mean"
+    crf: str = "none"
+    image_labels: bool = False
+    checkpoint: str = "last"
+    subject: str = "predicted masks"
+    dataset: str = ""
+    split: str = ""
+    images: int = 0
+    list_hash: str = ""
+    ground_truth: str = ""
+
+    def on(self, dataset: Dataset, images: int) -> Protocol:
+        """The same protocol on the first `images` images of a data set."""
+        return replace(
+            self,
+            dataset=dataset.name,
+            split=dataset.split,
+            images=images,
+            list_hash=list_hash(dataset.ids[:images]),
+            ground_truth=dataset.mask_source,
+        )
+
+    def describe(self) -> str:
+        """One line that names every choice."""
+        parts = [
+            self.subject,
+            f"{self.dataset} {self.split}: {self.images} images (list {self.list_hash})",
+            f"ground truth {self.ground_truth}",
+        ]
+        if not self.scales:
+            parts.append("how they were made is not known here")
+        else:
+            scales = " ".join(f"{scale:g}" for scale in self.scales)
+            size = f" of long side {self.base_long}" if self.base_long else ""
+            parts += [
+                f"scales {scales}{size}, {'with' if self.flip else 'no'} flip, {self.fuse}",
+                f"class gate {'on' if self.gate else 'off'}",
+                f"CRF {self.crf}",
+                f"image labels {'given' if self.image_labels else 'not used'}",
+                f"background {self._background()}",
+                f"checkpoint {self.checkpoint}",
+            ]
+        parts.append(f"mean IoU as {self.convention}")
+        return "; ".join(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field, JSON-ready, and the line of `describe`."""
+        return {**asdict(self), "scales": list(self.scales), "line": self.describe()}
+
+    def passes(self) -> dict[str, Any]:
+        """The arguments of `wsis.offline.cams.make_seeds`."""
+        return {"scales": self.scales, "flip": self.flip, "base_long": self.base_long}
+
+    def prediction(self) -> dict[str, Any]:
+        """The arguments of `wsis.offline.predict.predict`; InputError without a background."""
+        if self.background is None:
+            raise InputError("the protocol must say a constant background score, got none")
+        return {**self.passes(), "background": self.background, "gate": self.gate}
+
+    def _background(self) -> str:
+        if self.background is None:
+            return self.background_choice
+        official = self.background == 0.17
+        choice = self.background_choice or (_OFFICIAL if official else "set by the user")
+        return f"{self.background:g} ({choice})"
+
+
+_OFFICIAL = "chosen on VOC val by the method's authors"
+
+PRESETS = {
+    "voc-rtc": Protocol(),
+    "small": Protocol(scales=(1.0,)),
+}
+"""Protocols by name: `voc-rtc` is the official inference of RTC; `small` is one size with its
+mirror image, for small networks and quick looks."""
+
+
+def list_hash(ids: Sequence[str]) -> str:
+    """First 12 hex digits of the SHA-256 over the ids, one per line."""
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:12]

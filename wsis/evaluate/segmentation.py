@@ -1,0 +1,243 @@
+"""Mean IoU of a network or of stored masks, image by image, at the original resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from wsis.errors import InputError
+from wsis.evaluate.classification import ClassificationTally
+from wsis.evaluate.conventions import Tally, Unsure, scores
+from wsis.evaluate.protocols import PRESETS, Protocol
+from wsis.offline.masks import read_mask, write_mask
+from wsis.offline.predict import predict
+from wsis.ops.confusion import threshold_curve
+from wsis.types import IGNORE
+
+if TYPE_CHECKING:
+    from wsis.data.dataset import Dataset
+    from wsis.models.rtc import RTC
+
+THRESHOLDS = np.arange(60) / 100
+"""Background scores of the sweep, 0 to 0.59 (ChunyanWang1/RTC eval.py)."""
+
+WITH_TRUTH = "chosen with ground truth: not a result"
+
+
+def evaluate_segmentation(
+    model: RTC,
+    dataset: Dataset,
+    *,
+    protocol: Protocol = PRESETS["voc-rtc"],
+    out: str | Path | None = None,
+    limit: int | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """Predict every image of a data set without its label and score the masks.
+
+    Args:
+        model: the network, see `wsis.offline.predict.predict`.
+        dataset: images, labels (for classification mAP only) and masks.
+        protocol: scales, flip, background, gate, base_long and convention to use, and what else is
+            to be said of the numbers; the data set's part is filled in here.
+        out: folder for the predicted masks as palette PNGs ``<id>.png``; None writes none.
+        limit: score only the first so many images.
+        device: where the passes run; by default where the network's parameters lie.
+
+    Returns:
+        JSON-ready: ``protocol``; ``scores`` (`SegmentationScores.as_dict`); ``confusion``
+        ``[C][C]``; ``curve``: mean IoU over background scores, marked as chosen with ground truth;
+        ``classification``: mAP of the image-level probabilities; ``images``: mean IoU of each.
+
+    Raises:
+        InputError: a mask is missing, or has another size than its image.
+    """
+    count, size = images_to_score(dataset, limit), len(dataset.classes) + 1
+    protocol = protocol.on(dataset, count)
+    tally = Tally(size, protocol.convention)
+    curve = Curve(size)
+    classification = ClassificationTally(dataset.classes)
+    images = []
+    for index in tqdm(range(count), desc="predict", unit="image"):
+        truth, name = dataset.mask(index), dataset.ids[index]
+        image = dataset.image(index)
+        prediction = predict(model, image, **protocol.prediction(), device=device)
+        mask = prediction.mask.numpy()
+        images.append(_image_row(name, tally.add(mask, truth, name)))
+        curve.add(prediction.scores.numpy(), truth)
+        classification.add(prediction.class_probs, dataset.labels[index])
+        if out is not None:
+            write_mask(Path(out) / f"{name}.png", mask, dataset.mask_ids)
+    return {
+        **_result(protocol, tally, images),
+        "curve": curve.as_dict(protocol.convention),
+        "classification": classification.scores(),
+    }
+
+
+def evaluate_folder(
+    masks: str | Path,
+    dataset: Dataset,
+    *,
+    convention: str = "voc",
+    unsure: Unsure | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Score stored masks, whoever wrote them.
+
+    Args:
+        masks: folder with ``<id>.png`` for every image of the data set, palette or 8-bit grey,
+            holding the data set's file ids.
+        dataset: the ground truth.
+        convention: name of the mean IoU convention.
+        unsure: what a stored 255 means: `wrong` or `ignored`; None leaves it to the convention.
+        limit: score only the first so many images.
+
+    Returns:
+        As `evaluate_segmentation`, without curve and classification; ``coverage`` is the share
+        of labelled pixels that are not 255, in percent.
+
+    Raises:
+        InputError: a mask is missing or damaged, has another size than the ground truth, or holds
+            an id that the convention does not accept.
+    """
+    count, folder = images_to_score(dataset, limit), Path(masks)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected <id>.png of every image in it")
+    subject = "stored masks" if unsure is None else f"stored masks, 255 {unsure}"
+    protocol = Protocol(scales=(), background=None, convention=convention, subject=subject)
+    tally = Tally(len(dataset.classes) + 1, convention, unsure=unsure)
+    coverage = Coverage()
+    images = []
+    for index in tqdm(range(count), desc="score", unit="image"):
+        truth, name = dataset.mask(index), dataset.ids[index]
+        path = folder / f"{name}.png"
+        mask = read_mask(path, dataset.mask_ids)
+        images.append(_image_row(name, tally.add(mask, truth, str(path))))
+        coverage.add(mask, truth)
+    result = _result(protocol.on(dataset, count), tally, images)
+    return {**result, "coverage": coverage.percent()}
+
+
+def images_to_score(dataset: Dataset, limit: int | None) -> int:
+    """How many images a score is over: all, or the first `limit`; the data set must have masks."""
+    if not dataset.has_masks:
+        raise InputError(
+            f"data set '{dataset.name}' at {dataset.root or '(built in)'} has no masks to score "
+            "against; predict masks without scoring them, or give the data set a mask folder"
+        )
+    if limit is not None and limit < 1:
+        raise InputError(f"limit must be at least 1, got {limit}")
+    return len(dataset) if limit is None else min(limit, len(dataset))
+
+
+class Curve:
+    """Mean IoU as a function of the constant background score.
+
+    Args:
+        num_classes: C, background included.
+        thresholds: the background scores.
+    """
+
+    def __init__(
+        self, num_classes: int, thresholds: Sequence[float] | np.ndarray = THRESHOLDS
+    ) -> None:
+        self.thresholds = np.asarray(thresholds, np.float32)
+        self.confusion = np.zeros((len(self.thresholds), num_classes, num_classes), np.int64)
+
+    def add(self, maps: np.ndarray, truth: np.ndarray) -> None:
+        """Count one image: ``[K, H, W] float32`` foreground scores, ``[H, W]`` ground truth."""
+        self.confusion += threshold_curve(
+            np.ascontiguousarray(maps, np.float32),
+            truth,
+            self.thresholds,
+            num_classes=self.confusion.shape[1],
+            ignore_index=IGNORE,
+        )
+
+    def as_dict(self, convention: str) -> dict[str, Any]:
+        """JSON-ready: thresholds, mean IoU at each, the best pair, and a warning."""
+        miou = [scores(matrix, convention).miou for matrix in self.confusion]
+        best = int(np.argmax([-1.0 if value is None else value for value in miou]))
+        thresholds = [round(float(value), 4) for value in self.thresholds]
+        return {
+            "thresholds": thresholds,
+            "miou": miou,
+            "best_threshold": thresholds[best],
+            "best_miou": miou[best],
+            "note": WITH_TRUTH,
+        }
+
+
+class Coverage:
+    """Share of the labelled pixels on which a mask decides (is not 255)."""
+
+    def __init__(self) -> None:
+        self.decided = self.labelled = 0
+
+    def add(self, mask: np.ndarray, truth: np.ndarray) -> None:
+        """Count one image, both ``[H, W]``."""
+        labelled = truth != IGNORE
+        self.labelled += int(labelled.sum())
+        self.decided += int((labelled & (mask != IGNORE)).sum())
+
+    def percent(self) -> float | None:
+        """The share in percent, None without labelled pixels."""
+        return 100 * self.decided / self.labelled if self.labelled else None
+
+
+def best_and_worst(images: Sequence[Mapping[str, Any]], count: int) -> tuple[list[int], list[int]]:
+    """Indices of the images with the highest and the lowest own mean IoU, best and worst first.
+
+    Args:
+        images: the rows ``images`` of a result.
+        count: how many of each; with few images none is in both.
+    """
+    scored = [index for index, row in enumerate(images) if row["miou"] is not None]
+    ranked = sorted(scored, key=lambda index: (-images[index]["miou"], index))
+    count = min(count, len(ranked) // 2)
+    return ranked[:count], ranked[len(ranked) - count :][::-1]
+
+
+def format_table(classes: Sequence[str], result_scores: Mapping[str, Any]) -> str:
+    """Per-class IoU and means as aligned plain text.
+
+    Args:
+        classes: the K foreground class names.
+        result_scores: ``scores`` of a result (`SegmentationScores.as_dict`).
+    """
+    names = ["background", *classes]
+    rows = list(zip(names, result_scores["iou"], strict=True))
+    means = [
+        ("mean IoU", result_scores["miou"]),
+        ("mean IoU, foreground", result_scores["miou_foreground"]),
+        ("pixel accuracy", result_scores["pixel_accuracy"]),
+    ]
+    width = max(len(name) for name, _ in rows + means)
+    rule = "-" * (width + 8)
+    lines = [f"{name:<{width}}  {_number(value)}" for name, value in rows + means]
+    head = f"{'class':<{width}}   IoU %"
+    return "\n".join([head, rule, *lines[: len(rows)], rule, *lines[len(rows) :]])
+
+
+def _number(value: float | None) -> str:
+    return "     -" if value is None else f"{value:6.2f}"
+
+
+def _image_row(name: str, counts: np.ndarray) -> dict[str, Any]:
+    """Mean IoU of one image over the classes in its truth or prediction."""
+    return {"id": name, "miou": scores(counts).miou}
+
+
+def _result(protocol: Protocol, tally: Tally, images: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "protocol": protocol.as_dict(),
+        "scores": tally.scores().as_dict(),
+        "confusion": tally.confusion[:, : tally.num_classes].tolist(),
+        "images": images,
+    }

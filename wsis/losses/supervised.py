@@ -1,0 +1,43 @@
+"""Losses of the fully supervised path: true masks instead of pseudo masks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from wsis.losses.classification import multilabel_soft_margin
+from wsis.losses.equivariance import resize
+from wsis.ops.normalize import as_float
+from wsis.types import IGNORE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wsis.types import Maps
+
+
+def supervised_losses(
+    maps: Maps, label: Tensor, masks: Tensor, *, cls: float = 1.0, seg: float = 1.0
+) -> dict[str, Tensor]:
+    """Multi-label soft margin on the class logits, cross-entropy on the decoder's logits.
+
+    Args:
+        maps: output of the network, with decoder logits.
+        label: ``[B, K]``, multi-hot.
+        masks: ``[B, H, W] int64``, 0..K and 255; the cross-entropy is the mean over other pixels.
+        cls: weight of the classification loss in the total.
+        seg: weight of the segmentation loss in the total.
+
+    Returns:
+        Scalars ``cls``, ``seg`` (unweighted) and ``total``.
+    """
+    with torch.autocast(label.device.type, enabled=False):
+        logits = resize(as_float(maps.logits), masks.shape[-2:])
+        pixels = F.cross_entropy(logits, masks, ignore_index=IGNORE, reduction="sum")
+        terms = {
+            "cls": multilabel_soft_margin(as_float(maps.class_logits), label),
+            "seg": pixels / (masks != IGNORE).sum().clamp(min=1),
+        }
+        return terms | {"total": cls * terms["cls"] + seg * terms["seg"]}

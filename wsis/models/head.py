@@ -1,0 +1,67 @@
+"""The CAM head: projected features, class activation maps and image-level logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CamHead(nn.Module):
+    """``X = relu(P dropout(conv6))``, ``A = W X`` (RTC).
+
+    Args:
+        in_channels: channels of conv6.
+        num_classes: K foreground classes. ``W`` has K + 1 rows: row 0, the background's, exists
+            so that public checkpoints fit; it is in no output and gets no gradient.
+        feature_dim: D channels of the projected features (256 in RTC).
+        dropout: probability that a channel of conv6 is dropped in training (0.5 in RTC).
+    """
+
+    def __init__(
+        self, in_channels: int, num_classes: int, *, feature_dim: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout2d(dropout)
+        self.projection = nn.Conv2d(in_channels, feature_dim, 1, bias=False)
+        self.classifier = nn.Conv2d(feature_dim, num_classes + 1, 1, bias=False)
+        for layer in (self.projection, self.classifier):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, conv6: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected features ``[B, D, h, w]`` >= 0 and CAMs ``[B, K, h, w]`` of conv6."""
+        features = F.relu(self.projection(self.dropout(conv6)))
+        return features, F.conv2d(features, self.classifier.weight[1:])
+
+
+def mean_of_resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Mean over all pixels of maps resized bilinearly with corners aligned.
+
+    The resize is linear and separable, so the mean is a weighted sum on the small grid:
+    ``sum_yx r_y maps_yx c_x``, with r and c the column means of the 1-D interpolation matrices.
+
+    Args:
+        maps: ``[B, K, h, w] float``.
+        size: ``(H, W)``, the size that is never formed.
+
+    Returns:
+        ``[B, K]``, dtype of ``maps``.
+    """
+    rows, columns = (
+        _resize_weights(inner, outer, maps.device).to(maps.dtype)
+        for inner, outer in zip(maps.shape[-2:], size, strict=True)
+    )
+    return (maps * rows[:, None] * columns).sum((-2, -1))
+
+
+@lru_cache(maxsize=256)
+def _resize_weights(inner: int, outer: int, device: torch.device) -> Tensor:
+    """Share of each of ``inner`` cells in the mean of ``outer`` aligned samples: ``[inner]``."""
+    # a cached tensor must stay usable in training even if the first caller only predicts
+    with torch.inference_mode(False), torch.no_grad():
+        identity = torch.eye(inner, dtype=torch.float64)[None]
+        matrix = F.interpolate(identity, size=outer, mode="linear", align_corners=True)[0]
+        return matrix.mean(1).float().to(device)

@@ -1,0 +1,128 @@
+"""RTC's network: backbone, CAM head, cross-representation refinement, decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from wsis.errors import InputError
+from wsis.models.crr import CrossRefinement
+from wsis.models.decoder import Decoder
+from wsis.models.features import Backbone
+from wsis.models.head import CamHead, mean_of_resized
+from wsis.types import Maps
+
+
+class RTC(nn.Module):
+    """One view of an image to its :class:`wsis.types.Maps` (RTC, arXiv 2309.00871).
+
+    Example:
+        >>> from wsis.models.backbones import create_backbone
+        >>> model = RTC(create_backbone("small"), num_classes=3, decoder_dims=(32, 32, 16, 32))
+        >>> maps = model(torch.zeros(1, 3, 64, 48))
+        >>> maps.cams.shape, maps.logits.shape
+        (torch.Size([1, 3, 8, 6]), torch.Size([1, 4, 16, 12]))
+
+    Args:
+        backbone: see :func:`wsis.models.backbones.create_backbone`.
+        num_classes: K foreground classes.
+        feature_dim: D channels of the projected features.
+        dropout: on channels of conv6, before the CAM head, in training.
+        crr: with cross-representation refinement; without it ``Maps.refined`` is None.
+        crr_dims: see :class:`wsis.models.crr.CrossRefinement`.
+        decoder_dims: see :class:`wsis.models.decoder.Decoder`.
+        freeze_stem: keep the backbone's first stages as they are.
+        freeze_bn: every BatchNorm stays in evaluation mode with fixed scale and shift, also
+            after ``train()``. False lets them learn, as training from scratch needs.
+
+    Defaults are the released configuration (github.com/ChunyanWang1/RTC).
+
+    Raises:
+        InputError: ``num_classes`` < 1.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        *,
+        feature_dim: int = 256,
+        dropout: float = 0.5,
+        crr: bool = True,
+        crr_dims: tuple[int, int, int, int] = (64, 128, 128, 128),
+        decoder_dims: tuple[int, int, int, int] = (512, 256, 48, 256),
+        freeze_stem: bool = True,
+        freeze_bn: bool = True,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise InputError(f"num_classes: expected 1 foreground class or more, got {num_classes}")
+        self.num_classes = num_classes
+        self.freeze_stem = freeze_stem
+        self.freeze_bn = freeze_bn
+        self.backbone = backbone
+        self.head = CamHead(
+            backbone.channels[3], num_classes, feature_dim=feature_dim, dropout=dropout
+        )
+        self.crr = CrossRefinement(backbone.channels, dims=crr_dims) if crr else None
+        self.decoder = Decoder(backbone.channels, num_classes, dims=decoder_dims)
+        if freeze_stem:
+            for module in backbone.frozen_modules():
+                module.requires_grad_(False)
+        for norm in self._frozen_norms():
+            norm.requires_grad_(False)
+        self.train()
+
+    def forward(self, image: Tensor, *, decode: bool = True) -> Maps:
+        """Maps of one view; half-precision results are returned as float32.
+
+        Args:
+            image: ``[B, 3, H, W]``, normalised with the backbone's mean and std.
+            decode: also run the decoder (only the first view needs it).
+
+        Raises:
+            InputError: the image has another shape.
+        """
+        if image.dim() != 4 or image.shape[1] != 3:
+            raise InputError(f"image must be [B, 3, H, W], got {list(image.shape)}")
+        features = self.backbone(image)
+        projected, cams = map(_at_least_float32, self.head(features.conv6))
+        return Maps(
+            cams=cams,
+            class_logits=mean_of_resized(cams, image.shape[-2:]),
+            features=projected,
+            refined=self.crr(cams, image, features) if self.crr is not None else None,
+            logits=_at_least_float32(self.decoder(features)) if decode else None,
+        )
+
+    def train(self, mode: bool = True) -> RTC:
+        """Training mode for everything that is not frozen."""
+        super().train(mode)
+        for norm in self._frozen_norms():
+            norm.eval()
+        return self
+
+    def pretrained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Trainable parameters of the backbone, by name."""
+        return [(name, p) for name, p in self._trainable() if name.startswith("backbone.")]
+
+    def new_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Trainable parameters of the heads on top of the backbone, by name."""
+        return [(name, p) for name, p in self._trainable() if not name.startswith("backbone.")]
+
+    def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def _frozen_norms(self) -> Iterator[_BatchNorm]:
+        if self.freeze_bn:
+            roots: list[nn.Module] = [self]
+        else:
+            roots = self.backbone.frozen_modules() if self.freeze_stem else []
+        return (m for root in roots for m in root.modules() if isinstance(m, _BatchNorm))
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,0 +1,102 @@
+"""Reading weight files and loading them strictly."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from wsis.errors import InputError
+from wsis.models.mxnet import read_params
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The named tensors of a ``.safetensors``, torch or MXNet ``.params`` file, on the CPU.
+
+    Torch files are read with ``weights_only=True``: tensors and plain containers, no code. A
+    dictionary that holds the tensors under ``state_dict`` or ``model`` is unwrapped, and the
+    ``module.`` prefix of parallel training is taken off.
+
+    Raises:
+        InputError: no such file, unreadable, or no named tensors in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"weights {path}: no such file; give the path of an existing weight file")
+    try:
+        content = _read_content(path)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"weights {path}: expected a .safetensors file, a torch file of plain tensors or "
+            f"MXNet's .params, got one that cannot be read ({first_line})"
+        ) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping):
+        raise InputError(
+            f"weights {path}: expected a dictionary of tensors, got {type(content).__name__}"
+        )
+    state = {
+        str(name).removeprefix("module."): value
+        for name, value in content.items()
+        if isinstance(value, Tensor)
+    }
+    if not state:
+        raise InputError(f"weights {path}: expected named tensors, found none")
+    return state
+
+
+def _read_content(path: Path) -> object:
+    if path.suffix == ".params":
+        return read_params(path)
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
+    """Loads ``state`` into ``model``; every name and every shape must fit.
+
+    Args:
+        model: receives the values.
+        state: tensors by the model's own names.
+        source: what the error calls the origin of ``state`` (a path).
+
+    Raises:
+        InputError: names are missing or left over, or a shape differs; the first ones are named.
+    """
+    own = model.state_dict()
+    optional = {name for name in own if name.endswith("num_batches_tracked")}
+    missing = [name for name in own if name not in state and name not in optional]
+    unexpected = [name for name in state if name not in own]
+    reshaped = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    faults = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", reshaped),
+        )
+        if names
+    ]
+    if faults:
+        raise InputError(
+            f"weights {source} do not fit {type(model).__name__}: {'; '.join(faults)}; "
+            "choose the architecture that the weights were trained with"
+        )
+    model.load_state_dict(dict(state), strict=False)

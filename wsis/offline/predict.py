@@ -1,0 +1,247 @@
+"""Multi-scale prediction of one image at its original size.
+
+Every image is shown to the network at several sizes, each time together with its mirror image (one
+forward of two). The rule by which the passes become one answer is that of the official inference
+(ChunyanWang1/RTC, contrast_infer.py); `merge_passes` is that rule alone, without a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wsis.data.augment import normalize
+from wsis.errors import InputError
+from wsis.types import Maps, Prediction
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from wsis.models.rtc import RTC
+
+SCALES = (0.5, 1.0, 1.5, 2.0)
+"""Sizes of the passes relative to the image (ChunyanWang1/RTC)."""
+
+BACKGROUND_SCORE = 0.17
+"""Constant background score of the official evaluation, which its authors picked on VOC val."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the network says of one image in one pass.
+
+    Attributes:
+        maps: the network's maps, every tensor without its batch axis.
+        size: height and width of the network input.
+        flipped: whether the network saw the mirror image.
+    """
+
+    maps: Maps
+    size: tuple[int, int]
+    flipped: bool
+
+
+def predict(
+    model: RTC,
+    image: Image.Image,
+    *,
+    scales: Sequence[float] = SCALES,
+    flip: bool = True,
+    background: float = BACKGROUND_SCORE,
+    gate: bool = True,
+    base_long: int | None = None,
+    device: torch.device | str | None = None,
+) -> Prediction:
+    """Segment one image without knowing its label.
+
+    Per pass: softmax over the C decoder channels, times the sigmoid of the image-level logit of
+    each class (the gate), foreground channels resized to the image, mirrored back; then the mean.
+
+    Args:
+        model: the network; ``model(x [B,3,h,w]) -> Maps`` with ``model.backbone.mean`` and ``std``.
+        image: RGB image of any size.
+        scales: sizes of the passes, relative to the image (or to `base_long`), each > 0.
+        flip: also show the mirror image at every scale.
+        background: constant background score in [0, 1].
+        gate: multiply every class by its image-level probability.
+        base_long: long side, in pixels, to which the image is first resized, for networks trained
+            at small crops; None keeps its size. The answer lies at the original size either way.
+        device: where the passes run; by default where the network's parameters lie.
+
+    Returns:
+        The prediction at the image's own size, on the CPU.
+
+    Raises:
+        InputError: the image is not RGB, a scale is not positive, or the scores are not finite.
+    """
+    passes = run_passes(
+        model, image, scales=scales, flip=flip, base_long=base_long, device=device, decode=True
+    )
+    with torch.inference_mode():
+        scores, class_probs = merge_passes(
+            [logits for p in passes if (logits := p.maps.logits) is not None],
+            [p.maps.class_logits for p in passes],
+            pass_sizes=[p.size for p in passes],
+            flips=[p.flipped for p in passes],
+            size=(image.height, image.width),
+            gate=gate,
+        )
+        scores = scores.cpu()
+        if not torch.isfinite(scores).all():
+            raise InputError(
+                "the network's scores are not finite: expected a trained network, got one whose "
+                "weights or activations overflow; take an earlier checkpoint"
+            )
+        return Prediction(scores, predict_masks(scores, background), class_probs.cpu())
+
+
+def predict_masks(scores: Tensor, background: float) -> Tensor:
+    """Argmax of a constant background and the foreground scores; ties go to background.
+
+    Args:
+        scores: ``[..., K, H, W]`` foreground scores.
+        background: the background's score at every pixel.
+
+    Returns:
+        ``[..., H, W] uint8`` class ids 0..K.
+    """
+    best, index = scores.max(dim=-3)
+    return torch.where(best > background, index + 1, 0).to(torch.uint8)
+
+
+def merge_passes(
+    logits: Sequence[Tensor],
+    class_logits: Sequence[Tensor],
+    *,
+    pass_sizes: Sequence[tuple[int, int]],
+    flips: Sequence[bool],
+    size: tuple[int, int],
+    gate: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Fuse the decoder outputs of all passes into scores at the image's size.
+
+    ``mean over passes of unflip(resize(softmax(M up)_{1:} * sigmoid(o)))``, M enlarged to the pass
+    size with align_corners=True, the product resized with align_corners=False.
+
+    Args:
+        logits: per pass ``[C, h, w]`` decoder output M.
+        class_logits: per pass ``[K]`` image-level logits o.
+        pass_sizes: per pass height and width of the network input.
+        flips: per pass whether the network saw the mirror image.
+        size: height and width of the image.
+        gate: multiply by ``sigmoid(o)``.
+
+    Returns:
+        ``[K, H, W] float32`` scores in [0, 1] and ``[K] float32`` mean class probabilities.
+    """
+    device, classes = logits[0].device, len(class_logits[0])
+    scores = torch.zeros(classes, *size, device=device)
+    class_probs = torch.zeros(classes, device=device)
+    for m, o, pass_size, flipped in zip(logits, class_logits, pass_sizes, flips, strict=True):
+        probs = enlarge(m, pass_size).softmax(dim=0)[1:]
+        present = o.float().sigmoid()
+        if gate:
+            probs = probs * present[:, None, None]
+        scores += to_image(probs, size, flipped)
+        class_probs += present
+    return scores / len(logits), class_probs / len(logits)
+
+
+def run_passes(
+    model: RTC,
+    image: Image.Image,
+    *,
+    scales: Sequence[float],
+    flip: bool,
+    base_long: int | None,
+    device: torch.device | str | None,
+    decode: bool,
+) -> list[Pass]:
+    """Show one image to the network at every scale, plain and (with `flip`) mirrored.
+
+    Args:
+        model: the network.
+        image: RGB image.
+        scales: relative sizes; a pass is ``int(side * scale)`` pixels, at least 1 (the rounding of
+            ChunyanWang1/RTC), resized bicubically.
+        flip: also the mirror image, in the same forward.
+        base_long: long side before scaling, or None.
+        device: where the passes run, or None for the network's own device.
+        decode: also run the decoder.
+
+    Returns:
+        ``len(scales) * (1 + flip)`` passes; a mirrored pass follows its plain one.
+
+    Raises:
+        InputError: the image is not RGB or a scale is not positive.
+    """
+    if image.mode != "RGB":
+        raise InputError(
+            f"the image must be RGB, got mode {image.mode}; open it with .convert('RGB')"
+        )
+    if not scales or min(scales) <= 0:
+        raise InputError(f"scales must be positive numbers, got {list(scales)}")
+    if device is None:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    base = _base_size(image.width, image.height, base_long)
+    passes = []
+    with torch.inference_mode(), _evaluating(model):
+        for scale in scales:
+            width, height = (max(1, int(side * scale)) for side in base)
+            resized = image.resize((width, height), _BICUBIC)
+            view = normalize(resized, model.backbone.mean, model.backbone.std).to(device)
+            views = torch.stack([view, view.flip(-1)]) if flip else view[None]
+            maps = model(views.contiguous(memory_format=torch.channels_last), decode=decode)
+            for index in range(len(views)):
+                passes.append(Pass(_one(maps, index), (height, width), flipped=index == 1))
+    return passes
+
+
+def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize ``[N, h, w]`` maps as the network does: bilinear, align_corners=True, float32."""
+    return F.interpolate(maps[None].float(), size, mode="bilinear", align_corners=True)[0]
+
+
+def to_image(maps: Tensor, size: tuple[int, int], flipped: bool) -> Tensor:
+    """Resize ``[N, h, w]`` maps to the image (align_corners=False) and mirror them back."""
+    maps = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
+    return maps.flip(-1) if flipped else maps
+
+
+_BICUBIC = 3  # PIL's number of Resampling.BICUBIC: keeps Pillow out of this module's imports
+
+
+def _base_size(width: int, height: int, base_long: int | None) -> tuple[int, int]:
+    """Width and height after the long side has been set to `base_long`."""
+    if base_long is None:
+        return width, height
+    ratio = base_long / max(width, height)
+    return max(1, round(width * ratio)), max(1, round(height * ratio))
+
+
+def _one(maps: Maps, index: int) -> Maps:
+    """The maps of one image of the batch; features are not kept, nobody downstream reads them."""
+    return Maps(
+        cams=maps.cams[index],
+        class_logits=maps.class_logits[index],
+        features=maps.features[index, :0],
+        refined=None if maps.refined is None else maps.refined[index],
+        logits=None if maps.logits is None else maps.logits[index],
+    )
+
+
+@contextmanager
+def _evaluating(model: RTC) -> Iterator[None]:
+    """Inference mode of every layer inside the block; afterwards the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,53 @@
+"""The operators. Names are looked up on first use, so that importing this costs nothing."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+_HOME = {
+    "PixelCorrelation": "pixel_correlation",
+    "add_background": "normalize",
+    "confusion_matrix": "confusion",
+    "ctr_scores": "normalize",
+    "max_norm": "normalize",
+    "normalize_cams": "normalize",
+    "one_hot_max": "normalize",
+    "pamr": "local_affinity",
+    "par": "local_affinity",
+    "pixel_correlation": "pixel_correlation",
+    "seed_scores": "normalize",
+    "threshold_curve": "confusion",
+    "varm": "local_affinity",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]
+
+
+class _Package(ModuleType):
+    """Keeps functions visible that share a name with their module.
+
+    The import system binds every imported submodule to its package; `pixel_correlation` the module
+    would hide `pixel_correlation` the function, depending on who imported what before.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

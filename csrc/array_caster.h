@@ -1,5 +1,5 @@
-// Python object -> wsis::Array, without copying: a DLPack capsule, an object with the buffer protocol
-// (numpy, read-only or not), or an object with __dlpack__ (cupy, jax, torch).
+// Python object -> wsis::Array, without copying: a DLPack capsule, an object with the buffer
+// protocol (numpy, read-only or not), or an object with __dlpack__ (cupy, jax, torch).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -29,15 +29,24 @@ constexpr uint8_t kInt = 0, kUint = 1, kFloat = 2, kBfloat = 4;
 
 inline DType dtype_of(uint8_t code, int bits) {
   switch (code * 256 + bits) {
-    case kUint * 256 + 8: return DType::kUint8;
-    case kInt * 256 + 16: return DType::kInt16;
-    case kInt * 256 + 32: return DType::kInt32;
-    case kInt * 256 + 64: return DType::kInt64;
-    case kFloat * 256 + 16: return DType::kFloat16;
-    case kBfloat * 256 + 16: return DType::kBfloat16;
-    case kFloat * 256 + 32: return DType::kFloat32;
-    case kFloat * 256 + 64: return DType::kFloat64;
-    default: return DType::kOther;
+    case kUint * 256 + 8:
+      return DType::kUint8;
+    case kInt * 256 + 16:
+      return DType::kInt16;
+    case kInt * 256 + 32:
+      return DType::kInt32;
+    case kInt * 256 + 64:
+      return DType::kInt64;
+    case kFloat * 256 + 16:
+      return DType::kFloat16;
+    case kBfloat * 256 + 16:
+      return DType::kBfloat16;
+    case kFloat * 256 + 32:
+      return DType::kFloat32;
+    case kFloat * 256 + 64:
+      return DType::kFloat64;
+    default:
+      return DType::kOther;
   }
 }
 
@@ -104,7 +113,8 @@ struct type_caster<wsis::Array> {
     if (PyCapsule_CheckExact(source.ptr())) {
       owner_ = reinterpret_borrow<object>(source);
     } else if (PyObject_CheckBuffer(source.ptr())) {
-      if (PyObject_GetBuffer(source.ptr(), &buffer_, PyBUF_RECORDS_RO) != 0) throw error_already_set();
+      if (PyObject_GetBuffer(source.ptr(), &buffer_, PyBUF_RECORDS_RO) != 0)
+        throw error_already_set();
       value = wsis::dlpack::from_buffer(buffer_);
       return true;
     } else if (hasattr(source, "__dlpack__")) {
@@ -117,7 +127,8 @@ struct type_caster<wsis::Array> {
       return false;
     }
     // The capsule is only looked into while it lives: it keeps its name, and frees itself.
-    auto* tensor = static_cast<wsis::dlpack::Tensor*>(PyCapsule_GetPointer(owner_.ptr(), "dltensor"));
+    auto* tensor =
+        static_cast<wsis::dlpack::Tensor*>(PyCapsule_GetPointer(owner_.ptr(), "dltensor"));
     if (!tensor) throw error_already_set();
     value = wsis::dlpack::from_tensor(*tensor);
     return true;

@@ -1,9 +1,9 @@
 // Every function of wsis._C with the shape of every array.
 //
-// Arrays come as DLPack capsules, numpy arrays or anything with __dlpack__ (array_caster.h); they are
-// contiguous and already checked by Python, and the guards here throw ValueError where a caller has
-// not. Nothing is allocated: outputs and scratch are handed over. The GIL is released. `stream` is a
-// CUDA stream as an integer. Sizes: B images, C classes, K channels, T thresholds, n pixels.
+// Arrays come as DLPack capsules, numpy arrays or anything with __dlpack__ (array_caster.h); they
+// are contiguous and already checked by Python, and the guards here throw ValueError where a caller
+// has not. Nothing is allocated: outputs and scratch are handed over. The GIL is released. `stream`
+// is a CUDA stream as an integer. Sizes: B images, C classes, K channels, T thresholds, n pixels.
 #include <pybind11/pybind11.h>
 
 #include "array_caster.h"
@@ -43,9 +43,9 @@ void check_classes(int64_t num_classes) {
   require(num_classes >= 1 && num_classes <= 46340, "num_classes must be in [1, 46340]");
 }
 
-void confusion_matrix_cpu(const Array& pred,    // [n] integer
-                          const Array& target,  // [n] integer
-                          const Array& tally,   // [C * C + 2] int64, out
+void confusion_matrix_cpu(const Array& pred,     // [n] integer
+                          const Array& target,   // [n] integer
+                          const Array& tally,    // [C * C + 2] int64, out
                           const Array& scratch,  // [parts, C * C + 2] int64
                           int64_t num_classes, int64_t ignore_index) {
   check_classes(num_classes);
@@ -53,11 +53,10 @@ void confusion_matrix_cpu(const Array& pred,    // [n] integer
   require(scratch.shape.size() == 2 && scratch.shape[0] >= 1, "scratch must be [parts, cells]");
   expect_output(tally, "tally", Device::kCpu, D::kInt64, {cells});
   expect_output(scratch, "scratch", Device::kCpu, D::kInt64, {scratch.shape[0], cells});
-  cpu::confusion_matrix(class_map(pred, "pred", Device::kCpu, {n}),
-                        class_map(target, "target", Device::kCpu, {n}), n,
-                        static_cast<int32_t>(num_classes), ignore_index,
-                        static_cast<int32_t>(scratch.shape[0]), scratch.data<int64_t>(),
-                        tally.data<int64_t>());
+  cpu::confusion_matrix(
+      class_map(pred, "pred", Device::kCpu, {n}), class_map(target, "target", Device::kCpu, {n}), n,
+      static_cast<int32_t>(num_classes), ignore_index, static_cast<int32_t>(scratch.shape[0]),
+      scratch.data<int64_t>(), tally.data<int64_t>());
 }
 
 struct CurveSizes {
@@ -88,8 +87,7 @@ void threshold_curve_cpu(const Array& scores,      // [B, K, n] float32 or float
                          const Array& tally,       // [T * C * C + 2] int64, out
                          const Array& scratch,     // [parts, C * K * (T + 1) + 2] int64
                          int64_t num_classes, int64_t ignore_index) {
-  const CurveSizes s =
-      curve_sizes(scores, thresholds, class_ids, tally, num_classes, Device::kCpu);
+  const CurveSizes s = curve_sizes(scores, thresholds, class_ids, tally, num_classes, Device::kCpu);
   require(scratch.shape.size() == 2 && scratch.shape[0] >= 1, "scratch must be [parts, cells]");
   expect_output(scratch, "scratch", Device::kCpu, D::kInt64, {scratch.shape[0], s.histogram + 2});
   const cpu::ClassMap map = class_map(target, "target", Device::kCpu, {s.batch, s.n});
@@ -101,8 +99,7 @@ void threshold_curve_cpu(const Array& scores,      // [B, K, n] float32 or float
     cpu::threshold_curve(scores.data<const T>(), map, thresholds.data<const T>(),
                          class_ids.data<const int64_t>(), s.batch, int32_t(s.channels), s.n,
                          int32_t(s.thresholds), int32_t(num_classes), ignore_index,
-                         int32_t(scratch.shape[0]), scratch.data<int64_t>(),
-                         tally.data<int64_t>());
+                         int32_t(scratch.shape[0]), scratch.data<int64_t>(), tally.data<int64_t>());
   };
   scores.dtype == D::kFloat32 ? run(float{}) : run(double{});
 }
@@ -132,11 +129,10 @@ void threshold_curve_cuda(const Array& scores,      // [B, K, n] float32 or floa
   const cpu::ClassMap map = class_map(target, "target", kGpu, {s.batch, s.n});
   const auto run = [&](auto type) {
     using T = decltype(type);
-    cuda::threshold_curve(scores.data<const T>(), map, thresholds.data<const T>(),
-                          class_ids.data<const int64_t>(), s.batch, int32_t(s.channels), s.n,
-                          int32_t(s.thresholds), int32_t(num_classes), ignore_index,
-                          histogram.data<int64_t>(), tally.data<int64_t>(), scores.device_id,
-                          stream);
+    cuda::threshold_curve(
+        scores.data<const T>(), map, thresholds.data<const T>(), class_ids.data<const int64_t>(),
+        s.batch, int32_t(s.channels), s.n, int32_t(s.thresholds), int32_t(num_classes),
+        ignore_index, histogram.data<int64_t>(), tally.data<int64_t>(), scores.device_id, stream);
   };
   scores.dtype == D::kFloat32 ? run(float{}) : run(double{});
 }

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from wsis import __version__
 from wsis.errors import InputError, MissingExtraError
@@ -228,6 +228,9 @@ def _evaluate(arguments: list[str]) -> int:
         default=None,
         help="how IoU treats absent classes and odd pixels: voc | rtc | toco | irn | pamr | mmseg",
     )
+    parser.add_argument(
+        "--unsure", type=Literal["wrong", "ignored"] | None, default=None, help="255 in --masks"
+    )
     options = parser.parse_args(arguments)
     if (options.run is None) == (options.masks is None):
         raise InputError("give either a run folder or --masks FOLDER; see wsis evaluate --help")
@@ -241,6 +244,7 @@ def _evaluate(arguments: list[str]) -> int:
                 root=options.root,
                 split=options.split or "val",
                 convention=options.convention or "voc",
+                unsure=options.unsure,
             )
         )
         return 0

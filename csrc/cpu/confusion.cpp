@@ -30,18 +30,21 @@ WSIS_SIMD void pred_codes(const T* values, int32_t n, int32_t num_classes, int32
 template <class Body>
 void with_type(ClassMap map, int64_t offset, Body body) {
   switch (map.dtype) {
-    case DType::kUint8: return body(static_cast<const uint8_t*>(map.data) + offset);
-    case DType::kInt16: return body(static_cast<const int16_t*>(map.data) + offset);
-    case DType::kInt32: return body(static_cast<const int32_t*>(map.data) + offset);
-    default: return body(static_cast<const int64_t*>(map.data) + offset);
+    case DType::kUint8:
+      return body(static_cast<const uint8_t*>(map.data) + offset);
+    case DType::kInt16:
+      return body(static_cast<const int16_t*>(map.data) + offset);
+    case DType::kInt32:
+      return body(static_cast<const int32_t*>(map.data) + offset);
+    default:
+      return body(static_cast<const int64_t*>(map.data) + offset);
   }
 }
 
 void load_targets(ClassMap map, int64_t offset, int32_t n, int32_t num_classes,
                   int64_t ignore_index, int32_t* codes) {
-  with_type(map, offset, [&](const auto* values) {
-    target_codes(values, n, num_classes, ignore_index, codes);
-  });
+  with_type(map, offset,
+            [&](const auto* values) { target_codes(values, n, num_classes, ignore_index, codes); });
 }
 
 void load_preds(ClassMap map, int64_t offset, int32_t n, int32_t num_classes, int32_t* codes) {
@@ -159,8 +162,9 @@ void threshold_curve(const T* scores, ClassMap target, const T* thresholds,
                           [&](int64_t cell, int64_t count) { tally[cell] += count; });
 }
 
-template void threshold_curve(const float*, ClassMap, const float*, const int64_t*, int64_t, int32_t,
-                              int64_t, int32_t, int32_t, int64_t, int32_t, int64_t*, int64_t*);
+template void threshold_curve(const float*, ClassMap, const float*, const int64_t*, int64_t,
+                              int32_t, int64_t, int32_t, int32_t, int64_t, int32_t, int64_t*,
+                              int64_t*);
 template void threshold_curve(const double*, ClassMap, const double*, const int64_t*, int64_t,
                               int32_t, int64_t, int32_t, int32_t, int64_t, int32_t, int64_t*,
                               int64_t*);

@@ -8,7 +8,7 @@
 namespace wsis::cpu {
 
 inline std::string isa_paths() {
-  #if defined(WSIS_CLONES)
+#if defined(WSIS_CLONES)
   return "baseline x86-64-v3 x86-64-v4";
 #else
   return "baseline";

@@ -1,5 +1,4 @@
 #include "cuda/confusion.h"
-
 #include "cuda/launch.h"
 #include "kernels/confusion.h"
 
@@ -14,10 +13,14 @@ constexpr int kThreads = 256;
 
 __device__ int64_t load_class(ClassMap map, int64_t i) {
   switch (map.dtype) {
-    case DType::kUint8: return static_cast<const uint8_t*>(map.data)[i];
-    case DType::kInt16: return static_cast<const int16_t*>(map.data)[i];
-    case DType::kInt32: return static_cast<const int32_t*>(map.data)[i];
-    default: return static_cast<const int64_t*>(map.data)[i];
+    case DType::kUint8:
+      return static_cast<const uint8_t*>(map.data)[i];
+    case DType::kInt16:
+      return static_cast<const int16_t*>(map.data)[i];
+    case DType::kInt32:
+      return static_cast<const int32_t*>(map.data)[i];
+    default:
+      return static_cast<const int64_t*>(map.data)[i];
   }
 }
 
@@ -26,8 +29,8 @@ __device__ void report_bad(Count* status, int64_t left) {
   atomicMax(&status[1], static_cast<Count>(left));
 }
 
-// Counters of a block: in shared memory where they fit, else the global ones. 32 bits are enough for
-// a block, which sees n / gridDim pixels.
+// Counters of a block: in shared memory where they fit, else the global ones. 32 bits are enough
+// for a block, which sees n / gridDim pixels.
 template <bool kShared>
 struct Counters {
   unsigned* local;  // [cells], shared; unused when !kShared
@@ -63,7 +66,8 @@ __global__ void confusion_matrix_kernel(ClassMap pred, ClassMap target, int64_t 
   const Counters<kShared> counters{local, tally, cells};
   counters.clear();
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += stride) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+       i += stride) {
     const int32_t t = kernels::class_code(load_class(target, i), num_classes, ignore_index);
     if (t == kIgnored) continue;
     const int32_t p = kernels::class_code(load_class(pred, i), num_classes);
@@ -99,11 +103,9 @@ __global__ void threshold_histogram_kernel(const T* __restrict__ scores, ClassMa
     const T* score = scores + image * num_channels * n + (i - image * n);
     T best = kernels::kLowest;
     int32_t channel = 0;
-    for (int32_t k = 0; k < num_channels; ++k)
-      kernels::take_better(score[k * n], k, best, channel);
+    for (int32_t k = 0; k < num_channels; ++k) kernels::take_better(score[k * n], k, best, channel);
     const int32_t bucket = kernels::bucket_of(thresholds, num_thresholds, best);
-    counters.add(
-        kernels::histogram_index(t, channel, bucket, num_channels, num_thresholds));
+    counters.add(kernels::histogram_index(t, channel, bucket, num_channels, num_thresholds));
   }
   counters.flush();
 }
@@ -157,8 +159,8 @@ void threshold_curve(const T* scores, ClassMap target, const T* thresholds,
   check(cudaGetLastError(), "threshold_curve");
 }
 
-template void threshold_curve(const float*, ClassMap, const float*, const int64_t*, int64_t, int32_t,
-                              int64_t, int32_t, int32_t, int64_t, int64_t*, int64_t*, int,
+template void threshold_curve(const float*, ClassMap, const float*, const int64_t*, int64_t,
+                              int32_t, int64_t, int32_t, int32_t, int64_t, int64_t*, int64_t*, int,
                               uintptr_t);
 template void threshold_curve(const double*, ClassMap, const double*, const int64_t*, int64_t,
                               int32_t, int64_t, int32_t, int32_t, int64_t, int64_t*, int64_t*, int,

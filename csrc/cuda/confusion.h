@@ -16,9 +16,9 @@ void confusion_matrix(ClassMap pred,    // [n]
 
 // tally [T * C * C + 2]; histogram [C, K, T + 1] is scratch.
 template <class T>
-void threshold_curve(const T* scores,            // [B, K, n]
-                     ClassMap target,            // [B, n]
-                     const T* thresholds,        // [T], ascending
+void threshold_curve(const T* scores,           // [B, K, n]
+                     ClassMap target,           // [B, n]
+                     const T* thresholds,       // [T], ascending
                      const int64_t* class_ids,  // [K]
                      int64_t batch, int32_t num_channels, int64_t n, int32_t num_thresholds,
                      int32_t num_classes, int64_t ignore_index, int64_t* histogram, int64_t* tally,

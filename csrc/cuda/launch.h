@@ -13,7 +13,7 @@
 #include <cuda_runtime.h>
 #define WSIS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (kernel)<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
-#define WSIS_DYNAMIC_SHARED(type, name)                    \
+#define WSIS_DYNAMIC_SHARED(type, name)                       \
   extern __shared__ __align__(16) unsigned char name##_raw[]; \
   type* name = reinterpret_cast<type*>(name##_raw)
 #endif
@@ -25,8 +25,8 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Makes a device current for its lifetime. The static runtime of this module has its own idea of the
-// current device, so torch's cannot be relied on.
+// Makes a device current for its lifetime. The static runtime of this module has its own idea of
+// the current device, so torch's cannot be relied on.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {

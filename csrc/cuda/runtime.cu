@@ -1,6 +1,5 @@
-#include "cuda/runtime.h"
-
 #include "cuda/launch.h"
+#include "cuda/runtime.h"
 
 namespace wsis::cuda {
 

@@ -28,8 +28,8 @@ WSIS_HD int32_t cell_index(int32_t target, int32_t pred, int32_t num_classes) {
   return target * num_classes + pred;
 }
 
-// Running maximum over channels, starting at kLowest: the lowest channel wins a tie, and NaN, which is
-// never greater, is never best. Without a branch, for vectors.
+// Running maximum over channels, starting at kLowest: the lowest channel wins a tie, and NaN, which
+// is never greater, is never best. Without a branch, for vectors.
 constexpr float kLowest = -INFINITY;
 
 template <class T>

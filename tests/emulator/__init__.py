@@ -52,6 +52,7 @@ def _compile(source: Path, text: str, flavour: str) -> Path:
     # The bindings only hand pointers over; without a sanitizer they are compiled once for all.
     flags += [] if source.name == "bindings.cpp" else FLAVOURS[flavour]
     headers = sorted([*ROOT.glob("csrc/**/*.h"), HERE / "cuda_emulator.h"])
+    text = f'#line 1 "{source}"\n{text}'  # reports name the real file
     seen = [CXX, *flags, text, *(p.read_text() for p in headers)]
     key = hashlib.sha256("\0".join(seen).encode()).hexdigest()[:20]
     target = CACHE / f"{source.stem}-{key}.o"

@@ -1,5 +1,5 @@
-// The CUDA runtime and device language on the host, as far as the sources in csrc/cuda need them, so
-// that the very same .cu files run where there is no GPU. Included in place of <cuda_runtime.h>.
+// The CUDA runtime and device language on the host, as far as the sources in csrc/cuda need them,
+// so that the very same .cu files run where there is no GPU. Included in place of <cuda_runtime.h>.
 //
 // Blocks run one after another; the threads of a block run
 //   * as fibers (default): one at a time, switched at barriers, in an order shuffled by the
@@ -87,7 +87,8 @@ inline void fill_with_garbage(std::unique_ptr<unsigned char[]>& memory, size_t b
   std::fill_n(memory.get(), bytes, 0xA5);
 }
 
-// ---- engines: wait(barrier), finish_thread(), run_grid() -----------------------------------------
+// ---- engines: wait(barrier), finish_thread(), run_grid()
+// -----------------------------------------
 
 #if defined(WSIS_EMULATOR_THREADS)
 
@@ -144,7 +145,7 @@ struct Fiber {
 };
 
 struct Engine {
-  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<std::unique_ptr<Fiber> > fibers;
   ucontext_t scheduler;
   const std::function<void()>* body = nullptr;
 
@@ -225,7 +226,8 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
   run_grid(grid, block, shared_bytes, [=] { kernel(args...); });
 }
 
-// ---- warps ---------------------------------------------------------------------------------------
+// ---- warps
+// ---------------------------------------------------------------------------------------
 
 inline unsigned lane() { return current.rank % kWarp; }
 
@@ -267,8 +269,8 @@ T atomic_update(T* address, const std::function<T(T)>& change) {
   __atomic_load(address, &old, __ATOMIC_RELAXED);
   do {
     next = change(old);
-  } while (!__atomic_compare_exchange(address, &old, &next, false, __ATOMIC_RELAXED,
-                                      __ATOMIC_RELAXED));
+  } while (
+      !__atomic_compare_exchange(address, &old, &next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
   return old;
 }
 
@@ -352,7 +354,8 @@ inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 using std::max;
 using std::min;
 
-// ---- the runtime: one device, one stream, no errors ------------------------------------------------
+// ---- the runtime: one device, one stream, no errors
+// ------------------------------------------------
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0 };

@@ -25,8 +25,6 @@ from wsis.engine.checkpoint import (
     load_weights,
     optimizer_state,
     restore_optimizer,
-    restore_rng,
-    rng_state,
     save_weights,
 )
 from wsis.errors import InputError
@@ -686,29 +684,3 @@ def test_another_optimizer_or_model_is_refused():
         restore_optimizer(optimizer, model, tensors, numbers)
 
 
-# -- random numbers ------------------------------------------------------------------------------
-
-
-def draw() -> list[float]:
-    return [
-        random.random(),
-        random.gauss(0, 1),
-        np.random.rand(),  # noqa: NPY002 - the global generator is the subject
-        np.random.randn(),  # noqa: NPY002
-        torch.rand(()).item(),
-        *torch.randn(5).tolist(),
-    ]
-
-
-@pytest.mark.parametrize("warm", [0, 1, 2, 700])
-def test_random_numbers_go_on(tmp_path, warm):
-    random.seed(1)
-    np.random.seed(2)  # noqa: NPY002
-    torch.manual_seed(3)
-    for _ in range(warm):
-        draw()
-    store = CheckpointStore(tmp_path)
-    store.save(1, {"rng": rng_state()}, {})
-    expected = [draw() for _ in range(3)]
-    restore_rng(store.load(store.latest())[0]["rng"])
-    assert [draw() for _ in range(3)] == expected

@@ -62,6 +62,7 @@ def test_rewinding_drops_the_columns_of_the_dropped_rows(tmp_path):
         run(log, 0, 8)
     with RunLog(late) as log:
         run(log, 0, 16)
+    with RunLog(late) as log:
         log.rewind(8)
     assert contents(late) == contents(early)
 

@@ -109,7 +109,7 @@ class Coco(Dataset):
             MissingExtraError: pycocotools is not installed.
         """
         if self._outlines is None:
-            self._read_outlines()
+            self._outlines, self._class_ids = self._read_outlines()
         height, width = self.image_size(i)
         try:
             return rasterize(self._outlines[self._numbers[i]], self._class_ids, height, width)
@@ -119,15 +119,15 @@ class Coco(Dataset):
                 f"{height} x {width} pixels ({type(error).__name__}: {error})"
             ) from None
 
-    def _read_outlines(self) -> None:
+    def _read_outlines(self) -> tuple[dict[int, list[dict[str, Any]]], dict[int, int]]:
+        """Annotations of each image of the split, and the internal id of each category."""
         content = _read_annotations(self._annotations)
         wanted = set(self._numbers)
         outlines: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for entry in content["annotations"]:
             if entry["image_id"] in wanted:
                 outlines[entry["image_id"]].append(entry)
-        self._class_ids = {c["id"]: i for i, c in enumerate(content["categories"], 1)}
-        self._outlines = outlines
+        return outlines, {c["id"]: i for i, c in enumerate(content["categories"], 1)}
 
 
 def rasterize(

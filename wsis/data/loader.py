@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from wsis.data.augment import Triple, torchvision_functional, train_transform
 from wsis.data.dataset import Dataset
@@ -115,7 +116,7 @@ class TrainLoader:
         for step in range(start, self.steps_per_epoch):
             first = step * self.batch_size + self.rank * per_rank
             batches.append(order[first : first + per_rank].tolist())
-        loader = DataLoader(
+        loader: DataLoader[dict[str, Any]] = DataLoader(
             _Samples(self.dataset, self.seed, epoch, self._masks, self._transform),
             batch_sampler=batches,
             num_workers=self.workers,
@@ -130,7 +131,7 @@ class TrainLoader:
             yield Batch(**fields)
 
 
-class _Samples:
+class _Samples(TorchDataset[dict[str, Any]]):
     """Augmented samples of one epoch by position; a bad file becomes a sample {"error": message}.
 
     An exception raised in a worker would reach the caller wrapped in the worker's traceback.
@@ -157,10 +158,10 @@ class _Samples:
         # Philox counters differ in another word than the one that counts draws: no overlap.
         rng = torch.Generator()
         rng.manual_seed(int(_philox(self.seed, self.epoch, i + 1).integers(2**63)))
-        pixels, mask, valid_box = train_transform(image, mask, rng, **self.transform)
+        pixels, target, valid_box = train_transform(image, mask, rng, **self.transform)
         label = torch.from_numpy(self.dataset.labels[i].astype(np.float32))
         sample = {"image": pixels, "label": label, "valid_box": valid_box, "index": torch.tensor(i)}
-        return sample if mask is None else sample | {"mask": mask}
+        return sample if target is None else sample | {"mask": target}
 
 
 def _philox(seed: int, epoch: int, stream: int = 0) -> np.random.Generator:

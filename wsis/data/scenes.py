@@ -165,7 +165,7 @@ def draw_scene(
     angle = rng.uniform(0, 2 * math.pi)
     light = math.cos(angle), math.sin(angle)
     clutter = [
-        Item(_BLOB, *rng.uniform(0, 1, 2), rng.uniform(0.05, 0.17))
+        Item(_BLOB, rng.uniform(0, 1), rng.uniform(0, 1), rng.uniform(0.05, 0.17))
         for _ in range(rng.integers(3, 8))
     ]
     hiding = []

@@ -16,6 +16,7 @@ import pickle
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -176,7 +177,8 @@ def _labels_from_file(path: Path, label_ids: Path | None, ids: Sequence[str]) ->
         content = read_json(path)
         if not isinstance(content, dict):
             raise InputError(f"{path}: expected {{image id: [20 numbers]}}")
-        names, rows = list(content), list(content.values())
+        names = list(content)
+        rows: Any = list(content.values())
     elif path.suffix == ".npz":
         arrays = _load_arrays(path)
         if not isinstance(arrays, dict) or not {"ids", "labels"} <= arrays.keys():

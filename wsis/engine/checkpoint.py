@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import re
 import shutil
 import uuid
@@ -18,7 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -335,42 +333,6 @@ def restore_optimizer(
     optimizer.load_state_dict(
         {"state": slots, "param_groups": optimizer.state_dict()["param_groups"]}
     )
-
-
-def rng_state() -> Group:
-    """State of the global generators of this process, as tensors.
-
-    Returns:
-        ``python`` and ``numpy`` ``[625] int64`` (Mersenne Twister words and position), each with
-        ``.._gauss`` ``[2] float64`` (is a second Gaussian value waiting, the value), ``torch``
-        ``uint8``, and ``cuda`` ``uint8`` of the current device once CUDA is in use.
-    """
-    _, words, waiting = random.getstate()
-    legacy = np.random.get_state(legacy=False)  # noqa: NPY002 - the global generator is the subject
-    twister = [*legacy["state"]["key"].tolist(), legacy["state"]["pos"]]
-    state = {
-        "python": torch.tensor(words),
-        "python_gauss": torch.tensor([waiting is not None, waiting or 0.0], dtype=torch.float64),
-        "numpy": torch.tensor(twister),
-        "numpy_gauss": torch.tensor([legacy["has_gauss"], legacy["gauss"]], dtype=torch.float64),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_rng(state: Group) -> None:
-    """Put back what :func:`rng_state` returned; ``cuda`` only where CUDA is available."""
-    has_gauss, gauss = state["python_gauss"].tolist()
-    random.setstate((3, tuple(state["python"].tolist()), gauss if has_gauss else None))
-    *words, position = state["numpy"].tolist()
-    has_gauss, gauss = state["numpy_gauss"].tolist()
-    words = np.array(words, dtype=np.uint32)
-    np.random.set_state(("MT19937", words, position, int(has_gauss), gauss))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _portable(tensors: Mapping[str, Tensor]) -> Group:

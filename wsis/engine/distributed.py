@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -134,6 +134,8 @@ def wrap_ddp(model: nn.Module, *, find_unused: bool = False) -> nn.Module:
     )
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside :func:`wrap_ddp`."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+def synced(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """Context of one accumulated part: gradients travel between processes after the last only."""
+    if last or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()

@@ -120,7 +120,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build_model(config.model, len(self.train_set.classes))
         self.model.to(self.device, memory_format=torch.channels_last)
-        self.siamese = distributed.wrap_ddp(Siamese(self.model))
+        # Before its epoch the decoder gets no gradient, which DDP must be told to expect.
+        self.siamese = distributed.wrap_ddp(Siamese(self.model), find_unused=True)
         self.optimizer = make_optimizer(
             self.model,
             name=config.optim.name,
@@ -159,12 +160,12 @@ class Trainer:
         self.best_map = -1.0
         self.means = RunningMean()
         self.store = CheckpointStore(self.folder / "ckpt")
-        self.log = RunLog(self.folder)
+        self.log = RunLog(self.folder) if distributed.is_main() else None
         self.identity = identity(config, self.train_set)
         if resume and (latest := self.store.latest()) is not None:
             self._restore(latest)
-        self.log.rewind(self.step)
-        if distributed.is_main():
+        if self.log is not None:
+            self.log.rewind(self.step)
             self._describe()
 
     # -- state ---------------------------------------------------------------------------------
@@ -197,8 +198,9 @@ class Trainer:
         }
 
     def _save(self, *, pin: str | None = None) -> None:
-        if not distributed.is_main():
+        if self.log is None:
             return
+        self.log.sync()
         tensors, scalars = optimizer_state(self.optimizer, self.model)
         groups = {"model": self.model.state_dict(), "optimizer": tensors}
         if self.ema is not None:
@@ -278,12 +280,13 @@ class Trainer:
         set_lr(self.optimizer, factor)
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
-        for part in self._parts(batch.to(self.device)):
-            with torch.autocast(
-                self.device.type, AMP_DTYPES.get(optim.amp), enabled=optim.amp != "off"
-            ):
-                losses = self._losses(part, epoch >= self.segment_from)
-            self.scaler.scale(losses["total"] / optim.accumulate).backward()
+        for k, part in enumerate(self._parts(batch.to(self.device))):
+            with distributed.synced(self.siamese, last=k + 1 == optim.accumulate):
+                with torch.autocast(
+                    self.device.type, AMP_DTYPES.get(optim.amp), enabled=optim.amp != "off"
+                ):
+                    losses = self._losses(part, epoch >= self.segment_from)
+                self.scaler.scale(losses["total"] / optim.accumulate).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() / optim.accumulate
         self.scaler.unscale_(self.optimizer)
@@ -354,7 +357,7 @@ class Trainer:
             values = distributed.all_reduce_mean(losses)
             self.means.update(values)
             self.seconds += time.monotonic() - began
-            if distributed.is_main():
+            if self.log is not None:
                 self.log.record(self.step, epoch=epoch + 1, **values)
             self._show(bar)
             if self.step % self.loader.steps_per_epoch == 0:
@@ -376,7 +379,7 @@ class Trainer:
         bar.update()
 
     def _end_epoch(self, epoch: int) -> None:
-        if not distributed.is_main():
+        if self.log is None:
             return
         row = {"lr": self.optimizer.param_groups[0]["lr"], **self.means.mean()}
         pin = None
@@ -388,5 +391,4 @@ class Trainer:
         self.means.reset()
         self.log.epoch(epoch + 1, self.step, **row)
         self.log.time(self.step, seconds=self.seconds)
-        self.log.sync()
         self._save(pin=pin)

@@ -139,11 +139,10 @@ def threshold_curve(
             scores, target, limits, ids, num_classes, ignore_index
         )
     else:
-        wide = scores.astype(np.promote_types(scores.dtype, np.float32), copy=False)
-        scores_n, target_n = _planes(wide), _planes(target)
+        scores_n, target_n = _planes(_wide(scores)), _planes(target)
         cells = num_classes * len(ids) * (len(limits) + 1)
         tally, scratch = _new_tally(scores_n, len(limits) * num_classes**2, cells, scores_n.size)
-        limits_t, ids_k = np.array(limits, wide.dtype), np.array(ids, np.int64)
+        limits_t, ids_k = np.array(limits, scores_n.dtype), np.array(ids, np.int64)
         _C.threshold_curve_cpu(
             scores_n, target_n, limits_t, ids_k, tally, scratch, num_classes, ignore_index
         )
@@ -155,13 +154,13 @@ def threshold_curve(
 
 
 def _check_kinds(**arrays: Any) -> None:
-    kinds = {"tensor" if is_tensor(a) else type(a).__name__ for a in arrays.values()}
+    kinds = ["tensor" if is_tensor(a) else type(a).__name__ for a in arrays.values()]
     names = " and ".join(arrays)
-    if kinds not in ({"tensor"}, {"ndarray"}):
+    if set(kinds) not in ({"tensor"}, {"ndarray"}):
         raise InputError(
             f"{names} must both be torch tensors or both numpy arrays, got {' and '.join(kinds)}"
         )
-    devices = {str(a.device) for a in arrays.values()} if kinds == {"tensor"} else {"cpu"}
+    devices = {str(a.device) for a in arrays.values()} if is_tensor(arrays["target"]) else {"cpu"}
     if len(devices) > 1:
         raise InputError(f"{names} must be on one device, got {' and '.join(sorted(devices))}")
 
@@ -225,6 +224,13 @@ def _must_not_wait(status: Tensor) -> bool:
 
 
 # ---- layouts and memory ------------------------------------------------------------------------
+
+
+def _wide(scores: Any) -> Any:
+    """Half precision in float32, the rest as it is."""
+    if is_tensor(scores):
+        return scores.float() if scores.itemsize < 4 else scores
+    return scores.astype(np.float32) if scores.itemsize < 4 else scores
 
 
 def _contiguous(array: Any) -> Any:
@@ -315,10 +321,6 @@ def _confusion_matrix_cuda(
     tally = pred_n.new_zeros(num_classes**2 + 2, dtype=sys.modules["torch"].int64)
     kernel(*map(view, (pred_n, target_n, tally)), num_classes, ignore_index, stream(tally))
     return tally
-
-
-def _wide(scores: Tensor) -> Tensor:
-    return scores if scores.itemsize >= 4 else scores.float()
 
 
 def _threshold_curve_cpu(

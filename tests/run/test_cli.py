@@ -1,0 +1,87 @@
+"""A user's mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from wsis.cli import main
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" or captured.out.startswith("usage")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "did you mean 'train'"),
+        (["train", "--optm.lr", "1"], "did you mean 'optim.lr'"),
+        (["train", "--data.crpo", "64"], "did you mean 'data.crop'"),
+        (["train", "--data.crop", "many"], "data.crop"),
+        (["train", "--recipe", "nope"], "known recipes: demo"),
+        (["train", "--config", "absent.yaml"], "absent.yaml"),
+        (["train", "--resume", "maybe"], "--resume must be"),
+        (["train", "--data.dataset", "voc", "--data.root", "absent"], "absent"),
+        (["train", "--model.backbone", "resnet51", "--out", "unused"], "resnet5"),
+        (["train", "--device", "cuda:7", "--out", "unused"], "--device cpu"),
+        (["train", "--optim.accumulate", "3", "--out", "unused"], "multiple of"),
+        (["evaluate"], "either a run folder or --masks"),
+        (["evaluate", "absent"], "not a run folder"),
+        (["predict", "absent", "x.jpg"], "not a run folder"),
+        (["data", "chekc"], "usage"),
+        (["data", "check", "--dataset", "voc", "--root", "absent"], "absent"),
+        (["convert", "absent.pth", "out.safetensors"], "absent.pth"),
+        (["convert", "absent.pth", "out.pth"], ".safetensors"),
+        (["doctor", "--all"], "no options"),
+    ],
+)
+def test_mistakes(arguments, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert expected in fails(arguments, capsys)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_unknown_key_in_a_file(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("optim: {lerning_rate: 1}\n")
+    assert "lerning_rate" in fails(["train", "--config", str(path)], capsys)
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == 0
+    assert "train" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+
+
+def test_print_config_is_a_config(tmp_path):
+    line = [sys.executable, "-m", "wsis", "train"]
+    printed = subprocess.run(
+        [*line, "--recipe", "rtc_voc_wr38", "--optim.lr", "0.5", "--print_config"],
+        capture_output=True, text=True, check=True,
+    ).stdout
+    values = yaml.safe_load(printed)
+    assert values["optim"]["lr"] == 0.5
+    assert values["optim"]["momentum"] == 5e-4
+    assert values["data"]["crop"] == 448
+    assert values["loss"]["background_prototype"] == "ties"
+    path = tmp_path / "printed.yaml"
+    path.write_text(printed)
+    again = subprocess.run(
+        [*line, "--config", str(path), "--print_config"], capture_output=True, text=True, check=True
+    ).stdout
+    assert yaml.safe_load(again) == values
+
+
+def test_data_show_and_check(tmp_path, capsys):
+    assert main(["data", "show", "--dataset", "scenes", "--out", str(tmp_path / "s.png"),
+                 "--count", "3"]) == 0
+    assert (tmp_path / "s.png").stat().st_size > 1000
+    assert not list(tmp_path.glob(".*"))

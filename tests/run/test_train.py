@@ -1,0 +1,225 @@
+"""A whole run: trained, stopped, killed, resumed, evaluated, reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.run.conftest import command, run, write_tree
+from wsis.cli import load_config, main
+from wsis.engine.trainer import NonFiniteError, Trainer
+
+
+def weights(folder) -> bytes:
+    return (folder / "weights.safetensors").read_bytes()
+
+
+def logs(folder) -> tuple[str, str]:
+    return (folder / "log.jsonl").read_text(), (folder / "metrics.csv").read_text()
+
+
+@pytest.fixture(scope="module")
+def trained(tree, tmp_path_factory):
+    """A finished tiny run, in process."""
+    import yaml
+
+    from tests.run.conftest import TINY
+
+    base = tmp_path_factory.mktemp("trained")
+    path = base / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "data": {**TINY["data"], "root": str(tree)}}))
+    assert main(["train", "--config", str(path), "--out", str(base / "run")]) == 0
+    return base / "run"
+
+
+def test_a_run_leaves_all_it_promises(trained, tree):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert 0 <= metrics["scores"]["miou"] <= 100
+    assert metrics["cams"]["refined"]["best_miou"] > 0
+    report = (trained / "report.html").read_text()
+    assert "refined CAM" in report
+    assert "<script src" not in report and "http://" not in report.replace("http://www.w3.org", "")
+    masks = sorted((trained / "masks").glob("*.png"))
+    assert len(masks) == 4
+    with Image.open(masks[0]) as mask:
+        assert mask.mode == "P" and mask.size == (64, 64)
+        assert set(np.unique(mask)) <= set(range(7))
+    about = json.loads((trained / "about.json").read_text())
+    assert about["versions"]["torch"] and about["train"]["images"] == 12
+    assert load_config(trained / "config.yaml").data.root == str(tree)
+    rows = (trained / "log.jsonl").read_text().splitlines()
+    assert len(rows) == 9
+    assert {"cls", "er", "ecr", "min_pool", "com", "ctr_intra", "total"} <= json.loads(rows[0]).keys()
+    assert "seg" not in json.loads(rows[2]) and "seg" in json.loads(rows[3])
+
+
+def test_worker_count_does_not_change_the_result(trained, tmp_path):
+    config = trained / "config.yaml"
+    assert main(["train", "--config", str(config), "--out", str(tmp_path / "w"), "--data.workers",
+                 "2", "--quality_images", "0", "--report_images", "0"]) == 0
+    assert weights(tmp_path / "w") == weights(trained)
+
+
+def test_training_reads_no_mask(trained, tree, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(tree, bare)
+    shutil.rmtree(bare / "SegmentationClass")
+    config = trained / "config.yaml"
+    assert main(["train", "--config", str(config), "--out", str(tmp_path / "run"),
+                 "--data.root", str(bare)]) == 0
+    assert weights(tmp_path / "run") == weights(trained)
+
+
+def kill_and_resume(config, folder, kills: int, seed: int, span: float) -> None:
+    """Start the run, kill it -9 after random times, resume until it ends by itself."""
+    moments = random.Random(seed)
+    line = command("train", "--config", config, "--out", folder, "--resume", "auto",
+                   "--save_every", "2", "--quality_images", "0", "--report_images", "0")
+    for _ in range(kills):
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        started = time.monotonic()
+        while not (folder / "log.jsonl").exists() and process.poll() is None:
+            assert time.monotonic() - started < 120
+            time.sleep(0.05)
+        time.sleep(moments.uniform(0, span))
+        process.kill()
+        process.wait()
+    done = subprocess.run(line, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.long)])
+def test_killed_runs_end_bit_identical(trained, tiny, tmp_path, kills):
+    folder = tmp_path / "killed"
+    kill_and_resume(trained / "config.yaml", folder, kills, seed=kills, span=2.0)
+    assert weights(folder) == weights(trained)
+    assert logs(folder) == logs(trained)
+
+
+def test_sigterm_saves_and_tells_how_to_go_on(trained, tmp_path):
+    folder = tmp_path / "stopped"
+    config = trained / "config.yaml"
+    process = subprocess.Popen(
+        command("train", "--config", config, "--out", folder, "--optim.epochs", "400"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    while not (folder / "log.jsonl").exists() or not (folder / "log.jsonl").read_text():
+        time.sleep(0.05)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume auto" in out
+    assert (folder / "ckpt" / "last").exists()
+
+
+def test_non_finite_loss_leaves_the_weights_untouched(trained, tmp_path, monkeypatch):
+    config = load_config(trained / "config.yaml")
+    trainer = Trainer(config, tmp_path / "nan", resume=False)
+    trainer.model.train()
+    before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
+    batch = next(trainer.loader.epoch(0))
+    batch.image[0, 0, 0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="train_"):
+        trainer._train_step(batch, 0)
+    after = trainer.model.state_dict()
+    parameters = dict(trainer.model.named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in parameters)
+
+
+def test_accumulated_parts_are_one_batch(trained, tmp_path):
+    config = load_config(trained / "config.yaml")
+    config.optim.accumulate = 2
+    trainer = Trainer(config, tmp_path / "parts", resume=False)
+    parts = list(trainer._parts(next(trainer.loader.epoch(0))))
+    assert [len(part.image) for part in parts] == [2, 2]
+    assert trainer.run().finished
+
+
+@pytest.mark.parametrize("flags", [
+    ["--model.crr", "false"],
+    ["--loss.ctr", "0", "--loss.com", "0"],
+    ["--loss.com", "0"],
+    ["--supervision", "masks"],
+    ["--optim.amp", "bf16", "--optim.ema", "0"],
+    ["--optim.name", "adamw", "--optim.lr", "0.001"],
+])
+def test_ladder_and_variants_train(trained, tmp_path, flags):
+    config = trained / "config.yaml"
+    arguments = ["train", "--config", str(config), "--out", str(tmp_path / "run"), *flags,
+                 "--optim.epochs", "1", "--pseudo.start", "0", "--quality_images", "2"]
+    assert main(arguments) == 0
+    record = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert np.isfinite(record["total"]) and "seg" in record
+
+
+def test_another_configuration_does_not_resume(trained, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    assert main(["train", "--config", str(trained / "config.yaml"), "--out", str(folder),
+                 "--resume", "auto", "--seed", "2"]) == 2
+    assert "another configuration" in capsys.readouterr().err
+
+
+def test_a_used_folder_is_not_overwritten(trained, capsys):
+    arguments = ["train", "--config", str(trained / "config.yaml"), "--out", str(trained)]
+    assert main(arguments) == 2
+    assert "--resume auto" in capsys.readouterr().err
+
+
+def test_evaluate_repeats_the_numbers(trained, capsys):
+    before = json.loads((trained / "metrics.json").read_text())
+    assert main(["evaluate", str(trained)]) == 0
+    assert "mean IoU" in capsys.readouterr().out
+    assert json.loads((trained / "metrics.json").read_text()) == before
+
+
+def test_evaluate_best_and_masks(trained, tree, capsys):
+    folder = trained.parent / "copy"
+    shutil.copytree(trained, folder)
+    assert main(["evaluate", str(folder), "--weights", "best"]) == 0
+    assert "best on val labels" in capsys.readouterr().out
+    assert main(["evaluate", "--masks", str(trained / "masks"), "--root", str(tree)]) == 0
+    miou = json.loads((trained / "metrics.json").read_text())["scores"]["miou"]
+    assert f"{miou:.2f}" in capsys.readouterr().out
+
+
+def test_predict_writes_masks_and_overlays(trained, tree, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["predict", str(trained), str(tree / "JPEGImages"), "--out", str(out)]) == 0
+    assert "16 masks" in capsys.readouterr().out
+    assert len(list(out.glob("*.png"))) == 16 and len(list(out.glob("*.overlay.jpg"))) == 16
+    assert not list(out.glob("*.tmp")) and not list(out.glob(".*"))
+
+
+def test_two_processes_train_and_end_together(trained, tmp_path):
+    line = command("train", "--config", trained / "config.yaml", "--out", tmp_path / "ddp",
+                   "--optim.epochs", "1", "--quality_images", "0", "--report_images", "0")
+    torchrun = [line[0], "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *line[1:]], capture_output=True, text=True, timeout=240,
+                          env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ddp" / "weights.safetensors").exists()
+    assert len((tmp_path / "ddp" / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_unreadable_image_names_the_file(tmp_path, tiny):
+    root = write_tree(tmp_path / "broken", train=4, val=4)
+    victim = root / "JPEGImages" / "train_002.jpg"
+    victim.write_bytes(victim.read_bytes()[:200])
+    done = run("train", "--config", tiny, "--data.root", root, "--out", tmp_path / "run",
+               "--data.workers", "1")
+    assert done.returncode == 2
+    assert "train_002.jpg" in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()[-1]) < 400

@@ -1,0 +1,247 @@
+"""A trained run folder to numbers, report and masks: what the commands call."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from wsis.config import TrainConfig
+from wsis.data.dataset import Dataset, open_dataset, read_image
+from wsis.engine.build import build_model, open_split
+from wsis.engine.checkpoint import CheckpointStore, load_weights
+from wsis.engine.logs import versions, write_json_atomic
+from wsis.engine.trainer import pick_device
+from wsis.errors import InputError
+from wsis.evaluate.cam_quality import evaluate_cams
+from wsis.evaluate.protocols import Protocol
+from wsis.evaluate.report import (
+    class_colours,
+    make_panels,
+    overlay_mask,
+    sample_indices,
+    write_report,
+)
+from wsis.evaluate.segmentation import (
+    best_and_worst,
+    evaluate_folder,
+    evaluate_segmentation,
+    format_table,
+)
+from wsis.models.rtc import RTC
+from wsis.models.weights import load_state
+from wsis.offline.masks import write_mask
+from wsis.offline.predict import predict
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+def load_model(config: TrainConfig, folder: Path, classes: int, weights: str = "last") -> RTC:
+    """The trained network of a run, in evaluation mode on the run's device.
+
+    Args:
+        config: the run.
+        folder: its folder.
+        classes: K foreground classes.
+        weights: `last` (the result of training), `best` (highest classification mAP on the val
+            labels) or a weights file.
+
+    Raises:
+        InputError: no such weights, or weights of another architecture.
+    """
+    if weights == "best":
+        store = CheckpointStore(folder / "ckpt")
+        path = store.pinned("best")
+        if path is None:
+            raise InputError(f"{folder} has no checkpoint pinned as best; use --weights last")
+        groups, _ = store.load(path)
+        # An averaged model carries its counter and the prefix of its wrapper.
+        average = groups.get("ema", {})
+        state = {k.removeprefix("module."): v for k, v in average.items() if k != "n_averaged"}
+        state = state or groups["model"]
+    else:
+        path = folder / "weights.safetensors" if weights == "last" else Path(weights)
+        if weights == "last" and not path.exists():
+            raise InputError(f"{folder} holds no finished training; go on with --resume auto")
+        state, _ = load_weights(path)
+    # The backbone's own pretrained weights would be overwritten at once: do not look for them.
+    config.model.weights = "none"
+    model = build_model(config.model, classes)
+    load_state(model, state, str(path))
+    return model.to(pick_device(config.device), memory_format=torch.channels_last).eval()
+
+
+def evaluate_run(config: TrainConfig, folder: Path, *, weights: str = "last") -> str:
+    """Score a trained run on its val split, its CAMs on its training split; write all of it down.
+
+    Writes `metrics.json`, `report.html` and `masks/` (palette PNGs) into the folder. Where a
+    split has no masks, its numbers are left out.
+
+    Returns:
+        The table and where the report lies, as text for a terminal.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    val_set = open_split(config.data, config.data.val_split)
+    train_set = open_split(config.data, config.data.train_split)
+    model = load_model(config, folder, len(val_set.classes), weights)
+    protocol = Protocol(
+        **asdict(config.predict),
+        background_choice=_choice(config),
+        checkpoint={"best": "best on val labels"}.get(weights, weights),
+    )
+    if not val_set.has_masks:
+        return f"{val_set.root} has no masks for '{val_set.split}': nothing to score"
+    rule = {k: v for k, v in asdict(config.pseudo).items() if k != "start"}
+    result = evaluate_segmentation(model, val_set, protocol=protocol, out=folder / "masks")
+    quality = None
+    if config.quality_images and train_set.has_masks:
+        limit = None if config.quality_images < 0 else config.quality_images
+        quality = evaluate_cams(model, train_set, protocol=protocol, limit=limit, **rule)
+    write_json_atomic(folder / "metrics.json", result | {"cams": quality})
+    _report(config, folder, model, val_set, protocol, rule, result, quality)
+    return "\n".join(
+        [
+            format_table(val_set.classes, result["scores"]),
+            *(f"{name}: {value}" for name, value in _summary(result, quality).items()),
+            f"protocol: {result['protocol']['line']}",
+            f"report: {folder / 'report.html'}",
+        ]
+    )
+
+
+def evaluate_masks(
+    masks: Path,
+    *,
+    dataset: str,
+    root: str | None,
+    split: str,
+    convention: str,
+    unsure: Literal["wrong", "ignored"] | None = None,
+) -> str:
+    """Score a folder of mask PNGs, whoever wrote them; returns the table as text.
+
+    `unsure` says what a stored 255 means; None leaves it to the convention.
+    """
+    truth = open_dataset(dataset, root, split)
+    result = evaluate_folder(masks, truth, convention=convention, unsure=unsure)
+    table = format_table(truth.classes, result["scores"])
+    return f"{table}\nprotocol: {result['protocol']['line']}"
+
+
+def predict_files(
+    config: TrainConfig, folder: Path, source: Path, out: Path, *, weights: str, overlay: bool
+) -> int:
+    """Masks of one image or of a folder of images; returns how many were written.
+
+    Each mask is a palette PNG `<stem>.png` of the image's size that holds the data set's file
+    ids; with `overlay` also `<stem>.overlay.jpg`.
+
+    Raises:
+        InputError: no image there, or one that cannot be read.
+    """
+    if source.is_dir():
+        files = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    else:
+        files = [source]
+    if not files or not files[0].exists():
+        raise InputError(f"{source}: expected an image or a folder of images, found none")
+    val_set = open_split(config.data, config.data.val_split)
+    model = load_model(config, folder, len(val_set.classes), weights)
+    protocol = Protocol(**asdict(config.predict))
+    colours = class_colours(val_set.mask_ids)
+    out.mkdir(parents=True, exist_ok=True)
+    for file in tqdm(files, desc="predict", unit="image"):
+        image = read_image(file)
+        mask = predict(model, image, **protocol.prediction()).mask.numpy()
+        write_mask(out / f"{file.stem}.png", mask, val_set.mask_ids)
+        if overlay:
+            picture = Image.fromarray(overlay_mask(image, mask, colours))
+            temporary = out / f".{file.stem}.overlay.tmp"
+            picture.save(temporary, format="JPEG", quality=90)
+            temporary.replace(out / f"{file.stem}.overlay.jpg")
+    return len(files)
+
+
+def _choice(config: TrainConfig) -> str:
+    """Who chose the background score; the official 0.17 names its own origin."""
+    return "" if config.predict.background == 0.17 else "set in the run's configuration"
+
+
+def _summary(result: dict[str, Any], quality: dict[str, Any] | None) -> dict[str, str]:
+    """Label -> figure, the headline first."""
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    summary = {"mean IoU": number(result["scores"]["miou"])}
+    summary["classification mAP"] = number(result["classification"]["map"])
+    if quality is not None:
+        for name, seed in (("CAM", quality["cam"]), ("refined CAM", quality["refined"])):
+            if seed is not None:
+                best, at = number(seed["best_miou"]), seed["best_threshold"]
+                summary[f"{name} seed, train"] = f"{best} (background {at:g}, {seed['note']})"
+        pseudo = quality["pseudo"]
+        summary["pseudo masks, train"] = (
+            f"{number(pseudo['ignored']['miou'])} (255 ignored), "
+            f"{number(pseudo['wrong']['miou'])} (255 wrong), "
+            f"covering {number(pseudo['coverage'])} %"
+        )
+    return summary
+
+
+def _report(
+    config: TrainConfig,
+    folder: Path,
+    model: RTC,
+    dataset: Dataset,
+    protocol: Protocol,
+    rule: dict[str, Any],
+    result: dict[str, Any],
+    quality: dict[str, Any] | None,
+) -> None:
+    def panels(indices: list[int]) -> list:
+        return make_panels(model, dataset, indices, protocol=protocol, **rule)
+
+    count = config.report_images
+    best, worst = best_and_worst(result["images"], max(1, count // 2) if count else 0)
+    history = []
+    if (metrics := folder / "metrics.csv").exists():
+        with open(metrics, newline="", encoding="utf-8") as file:
+            history = list(csv.DictReader(file))
+    about = json.loads((folder / "about.json").read_text()) if _has_about(folder) else {}
+    write_report(
+        folder / "report.html",
+        title=folder.name,
+        summary=_summary(result, quality),
+        protocol=result["protocol"],
+        scores=result["scores"],
+        classes=dataset.classes,
+        history=history,
+        config_text=(folder / "config.yaml").read_text(),
+        versions=about.get("versions", versions())
+        | {f"{k} images": _fingerprint(about[k]) for k in ("train", "val") if k in about},
+        panels=panels(sample_indices(len(dataset), count)),
+        best=panels(best),
+        worst=panels(worst),
+        mask_ids=dataset.mask_ids,
+        curve=result["curve"],
+        quality=quality,
+    )
+
+
+def _has_about(folder: Path) -> bool:
+    return (folder / "about.json").exists()
+
+
+def _fingerprint(about: dict[str, Any]) -> str:
+    return (
+        f"{about['name']} {about['split']}, {about['images']} images, {about['fingerprint'][:12]}"
+    )

@@ -112,7 +112,7 @@ def test_doctor_without_torch():
 def test_doctor_names_the_cure(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda name: None)
     page = doctor.report()
-    assert "missing: pip install 'wsis[timm]'" in page
+    assert "missing: pip install '.[timm]'" in page
     assert "dali-cu13" in page
 
 

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         # The operators need numpy alone; the commands need the extra `train`.
         if error.name is None or error.name.split(".")[0] == "wsis":
             raise
-        return _fail(f"'wsis {name}' needs {error.name}: pip install 'wsis[train]'")
+        return _fail(f"'wsis {name}' needs {error.name}: pip install '.[train]' (in a clone of wsis)")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -10,12 +10,12 @@ import wsis
 # Distribution -> what installs it.
 _PACKAGES = {
     "numpy": "pip install numpy",
-    "torch": "pip install 'wsis[train]'",
-    "torchvision": "pip install 'wsis[train]'",
-    "safetensors": "pip install 'wsis[train]'",
-    "timm": "pip install 'wsis[timm]'",
-    "pycocotools": "pip install 'wsis[data]'",
-    "scipy": "pip install 'wsis[data]'",
+    "torch": "pip install '.[train]'",
+    "torchvision": "pip install '.[train]'",
+    "safetensors": "pip install '.[train]'",
+    "timm": "pip install '.[timm]'",
+    "pycocotools": "pip install '.[data]'",
+    "scipy": "pip install '.[data]'",
 }
 _DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
@@ -70,7 +70,7 @@ def _version(distribution: str) -> str | None:
 def _dali() -> str:
     found = [f"{_version(name)} ({name})" for name in _DALI if _version(name)]
     return ", ".join(found) or (
-        "missing: pip install 'wsis[dali-cu13]', or dali-cu12 for CUDA 12; optional"
+        "missing: pip install '.[dali-cu13]', or dali-cu12 for CUDA 12; optional"
     )
 
 

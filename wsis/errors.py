@@ -14,5 +14,5 @@ class MissingExtraError(ImportError):
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(
             f"{purpose} needs the package '{package}', which is not installed; "
-            f"install it with: pip install 'wsis[{extra}]'"
+            f"install it with: pip install '.[{extra}]' (in a clone of wsis)"
         )

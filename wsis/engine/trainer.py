@@ -7,6 +7,8 @@ state, and a run that was killed at any moment ends bit-identical to an undistur
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import json
 import time
@@ -87,6 +89,22 @@ def identity(config: TrainConfig, dataset: Dataset) -> str:
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed instead of returning it to the system after every tensor.
+
+    A step on the CPU frees and takes the same hundreds of megabytes; without this every large
+    tensor costs page faults, 12 % of a step of EfficientNet-Lite0. Elsewhere it does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**28)):
+            mallopt(option, value)
+
+
+# Numbers of malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+
 class Trainer:
     """One training run in one folder.
 
@@ -104,6 +122,8 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = pick_device(config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.train_set = open_split(config.data, config.data.train_split)
         self.val_set = open_split(config.data, config.data.val_split)
         if config.supervision == "masks" and not self.train_set.has_masks:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -50,3 +52,47 @@ class Backbone(nn.Module):
     def frozen_modules(self) -> list[nn.Module]:
         """The stages before conv3's stage starts; RTC keeps them as pretrained."""
         raise NotImplementedError
+
+
+def fused_conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """``norm(conv(x))`` for a convolution without bias; one pass where the norm is frozen.
+
+    A norm that keeps its statistics and does not learn is a scale and a shift per channel, which
+    go into the kernel: ``conv(x; W s) + (b - m s)``, ``s = g / sqrt(v + eps)``. The gradient of W is
+    exact. This saves the norm's own passes over memory, 15 % of a training step of
+    EfficientNet-Lite0 on the CPU.
+
+    Args:
+        x: ``[B, c, H, W] float``.
+        conv: convolution without bias.
+        norm: BatchNorm over its output channels.
+    """
+    if norm.training or norm.weight.requires_grad:
+        return norm(conv(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    kernel = conv.weight * scale.view(-1, 1, 1, 1)
+    on_cpu = x.device.type == "cpu"
+    if on_cpu and conv.groups > 1 and conv.dilation[0] > 1 and conv.stride[0] == 1:
+        return _by_phases(x, kernel, shift, dilation=conv.dilation[0], groups=conv.groups)
+    return F.conv2d(x, kernel, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _by_phases(x: Tensor, kernel: Tensor, shift: Tensor, *, dilation: int, groups: int) -> Tensor:
+    """A dilated convolution of odd, "same"-padded kernel as a plain one on each of its phases.
+
+    The taps of a pixel lie on every ``dilation``-th row and column, so the ``dilation^2`` subgrids
+    are independent images; zeros added to fill the last one are what its padding would be. Exact;
+    CPU libraries have a fast path for plain depthwise kernels only (the backward of 1152 channels
+    of 5x5 on a 15x15 grid: 36 -> 11 ms).
+    """
+    batch, _, height, width = x.shape
+    d = dilation
+    x = F.pad(x, (0, -width % d, 0, -height % d))
+    rows, columns = x.shape[2] // d, x.shape[3] // d
+    phases = x.unflatten(3, (columns, d)).unflatten(2, (rows, d)).permute(3, 5, 0, 1, 2, 4)
+    phases = phases.flatten(0, 2).contiguous(memory_format=torch.channels_last)
+    out = F.conv2d(phases, kernel, shift, padding=kernel.shape[-1] // 2, groups=groups)
+    out = out.unflatten(0, (d, d, batch)).permute(2, 3, 4, 0, 5, 1)
+    out = out.flatten(4, 5).flatten(2, 3)[..., :height, :width]
+    return out.contiguous(memory_format=torch.channels_last)

@@ -4,8 +4,8 @@
     python benchmarks/train.py ladder --root PATH     ->  benchmarks/results/train_ladder.json
 
 `headline` is one run of the recipe and its fully supervised twin; `ladder` is Baseline, +CRR,
-+CRR+CTR and +All with three seeds each, at a smaller equal budget. Runs are kept under `--runs`; one
-that is finished is not trained again, one that was cut off goes on where it was.
++CRR+CTR and +All with three seeds each, at a smaller equal budget. Runs are kept under `--runs`;
+one that is finished is not trained again, one that was cut off goes on where it was.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def main() -> None:
     }
     about = json.loads(next(options.runs.glob(f"{options.plan}-*/about.json")).read_text())
     result = {
-        "command": f"python benchmarks/train.py {options.plan} --root ROOT {' '.join(budget)}".strip(),
+        "command": " ".join(["python benchmarks/train.py", options.plan, "--root ROOT", *budget]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "recipe": options.recipe,
         "versions": about["versions"],

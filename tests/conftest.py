@@ -66,7 +66,7 @@ def golden_spec(golden_manifest):
 
 @pytest.fixture(scope="session")
 def assert_golden():
-    """Compare one array by the manifest's rule: ``assert_golden(spec, "out_1", actual, expected)``."""
+    """Compare one array by the manifest's rule: ``assert_golden(spec, name, actual, expected)``."""
 
     def check(spec: dict, name: str, actual: np.ndarray, expected: np.ndarray) -> None:
         _compared.add(spec["file"])
@@ -85,7 +85,7 @@ def assert_golden():
             bound = tolerance["gradient_rel_to_absmax"] * scale
             share = float(np.mean(error > bound))
             allowed = tolerance.get("gradient_outlier_fraction", 0.0)
-            assert share <= allowed, f"{name}: {share:.3%} of the entries off, max {error.max():.3g}"
+            assert share <= allowed, f"{name}: {share:.3%} entries off, max {error.max():.3g}"
         elif "relative_to_absmax" in tolerance:
             bound = tolerance["relative_to_absmax"] * scale
             assert error.max(initial=0) <= bound, f"{name}: off by {error.max():.3g} > {bound:.3g}"

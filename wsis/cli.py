@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         # The operators need numpy alone; the commands need the extra `train`.
         if error.name is None or error.name.split(".")[0] == "wsis":
             raise
-        return _fail(f"'wsis {name}' needs {error.name}: pip install '.[train]' (in a clone of wsis)")
+        return _fail(str(MissingExtraError(error.name, "train", f"wsis {name}")))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -66,7 +66,7 @@ def _fail(message: str, *, code: int = 2) -> int:
     return code
 
 
-def _suggestion(word: str, known: Any) -> str:  # noqa: ANN401
+def _suggestion(word: str, known: Any) -> str:
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
@@ -74,7 +74,7 @@ def _suggestion(word: str, known: Any) -> str:  # noqa: ANN401
 # -- parsers -----------------------------------------------------------------------------------
 
 
-def _parser(command: str, description: str) -> Any:  # noqa: ANN401
+def _parser(command: str, description: str) -> Any:
     """A jsonargparse parser whose errors are InputErrors with a suggestion."""
     try:
         from jsonargparse import ArgumentParser
@@ -102,7 +102,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _train_parser(defaults: TrainConfig) -> Any:  # noqa: ANN401
+def _train_parser(defaults: TrainConfig) -> Any:
     from wsis.config import TrainConfig
     from wsis.recipes import RECIPES
 
@@ -126,7 +126,7 @@ def _train_parser(defaults: TrainConfig) -> Any:  # noqa: ANN401
     return parser
 
 
-def _train_config(namespace: Any, parser: Any) -> TrainConfig:  # noqa: ANN401
+def _train_config(namespace: Any, parser: Any) -> TrainConfig:
     from dataclasses import fields
 
     from wsis.config import TrainConfig

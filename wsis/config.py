@@ -1,5 +1,7 @@
-"""A run, as typed dataclasses. `wsis train --print_config` shows them as YAML; every field can be
-set in a YAML file (``--config run.yaml``) or on the command line (``--optim.lr 0.02``).
+"""A run, as typed dataclasses.
+
+`wsis train --print_config` shows them as YAML; every field can be set in a YAML file
+(``--config run.yaml``) or on the command line (``--optim.lr 0.02``).
 
 The defaults are the paper's values for PASCAL VOC with WideResNet38 (method section 3.10 of the
 official release); `wsis.recipes` holds named runs that differ from them and say why.

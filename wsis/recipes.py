@@ -1,5 +1,6 @@
-"""Named runs. Each is a function that returns a whole `TrainConfig`; its docstring says what
-differs from the paper and why. ``wsis train --recipe NAME`` starts one.
+"""Named runs, each a function that returns a whole `TrainConfig`.
+
+Its docstring says what differs from the paper and why. ``wsis train --recipe NAME`` starts one.
 """
 
 from __future__ import annotations
@@ -102,8 +103,10 @@ def rtc_voc_wr38() -> TrainConfig:
 
 @recipe
 def rtc_coco_wr38() -> TrainConfig:
-    """COCO 2014 with WideResNet38. The paper's COCO script was never released; this follows its
-    parents (SLRNet, PPC): dropout 0.3, 10 epochs, the decoder from epoch 3 on.
+    """COCO 2014 with WideResNet38, after the method's parents.
+
+    The paper's COCO script was never released; this follows WS-FCN and AFA: dropout 0.3, 10 epochs,
+    the decoder from epoch 3 on.
     """
     config = rtc_voc_wr38()
     config.data.dataset = "coco"

@@ -59,7 +59,8 @@ def test_a_run_leaves_all_it_promises(trained, tree):
     assert load_config(trained / "config.yaml").data.root == str(tree)
     rows = (trained / "log.jsonl").read_text().splitlines()
     assert len(rows) == 9
-    assert {"cls", "er", "ecr", "min_pool", "com", "ctr_intra", "total"} <= json.loads(rows[0]).keys()
+    terms = {"cls", "er", "ecr", "min_pool", "com", "ctr_intra", "total"}
+    assert terms <= json.loads(rows[0]).keys()
     assert "seg" not in json.loads(rows[2]) and "seg" in json.loads(rows[3])
 
 

@@ -34,4 +34,4 @@ def classification_map(
             image.resize(size, Image.Resampling.BICUBIC), model.backbone.mean, model.backbone.std
         )
         logits.append(model(x[None].to(device), decode=False).class_logits[0].float().cpu())
-    return 100 * mean_average_precision(torch.stack(logits), torch.from_numpy(dataset.labels))[0]
+    return 100 * mean_average_precision(torch.stack(logits), torch.tensor(dataset.labels))[0]

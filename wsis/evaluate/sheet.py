@@ -31,9 +31,8 @@ def write_contact_sheet(
         raise InputError(f"count, columns and tile must be >= 1, got {count}, {columns}, {tile}")
     indices = sample_indices(len(dataset), count)
     rows = 2 if dataset.has_masks else 1
-    sheet = Image.new(
-        "RGB", (tile * min(columns, len(indices)), tile * rows * -(-len(indices) // columns)), "white"
-    )
+    width, height = min(columns, len(indices)), rows * -(-len(indices) // columns)
+    sheet = Image.new("RGB", (tile * width, tile * height), "white")
     colours = class_colours(dataset.mask_ids)
     for place, index in enumerate(indices):
         image = dataset.image(index)

@@ -1,0 +1,99 @@
+"""README's tables, made from benchmarks/results; `python benchmarks/tables.py` rewrites them."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+
+
+def read(name: str) -> dict:
+    return json.loads((HERE / "results" / f"{name}.json").read_text())
+
+
+def source(result: dict) -> str:
+    versions = result["versions"]
+    cpu = result.get("cpu") or versions.get("cpu")
+    return f"`{result['command']}`, {result['date']}, {cpu}, torch {versions['torch']}"
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def confusion() -> str:
+    result = read("confusion")
+    lines = ["| operation | how | median, ms | ratio |", "|---|---|---|---|"]
+    for row in result["benchmarks"]:
+        how = re.sub(r".*\[(.*)\]", r"\1", row["name"]).replace("_", " ")
+        lines.append(f"| {row['group']} | {how} | {row['median_ms']:.2f} | {row['ratio']:.1f} |")
+    return "\n".join([*lines, "", source(result) + f", {result['threads']} thread."])
+
+
+def headline() -> str:
+    result = read("train_headline")
+    weak, twin = result["runs"]["weak"], result["runs"]["twin"]
+    lines = [
+        "| supervision | mIoU, val | classification mAP | CAM seed, train | refined seed, train "
+        "| pseudo masks, train | training, minutes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, run in (("image labels", weak), ("masks (the twin)", twin)):
+        cells = [run["miou"], run["map"], run["cam_seed"], run["seed"], run["pseudo_ignored"]]
+        if name.startswith("masks"):
+            cells[2:] = [None, None, None]
+        row = " | ".join(map(number, [*cells, run["train_minutes"]]))
+        lines.append(f"| {name} | {row} |")
+    share = 100 * weak["miou"] / twin["miou"]
+    note = f"Image labels alone reach {share:.1f} % of the twin. {source(result)}."
+    return "\n".join([*lines, "", note, "", f"Protocol: {weak['protocol']}."])
+
+
+def ladder() -> str:
+    result = read("train_ladder")
+    rungs: dict[str, list[dict]] = {}
+    for name, run in result["runs"].items():
+        rungs.setdefault(name.split(" seed ")[0], []).append(run)
+    columns = ("miou", "cam_seed", "seed", "pseudo_ignored", "pseudo_coverage", "train_minutes")
+    lines = [
+        "| rung | seeds | mIoU, val | CAM seed, train | refined seed, train | pseudo masks, train "
+        "| their coverage | training, minutes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for rung, runs in rungs.items():
+        cells = [spread([run[column] for run in runs]) for column in columns]
+        lines.append(f"| {rung} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Mean ± half the range over seeds. {source(result)}."])
+
+
+def spread(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    text = number(statistics.mean(known))
+    return text if len(known) == 1 else f"{text} ± {(max(known) - min(known)) / 2:.1f}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "confusion": confusion,
+    "headline": headline,
+    "ladder": ladder,
+}
+
+
+def rewrite(text: str) -> str:
+    """The README with every table between its markers made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->)\n.*?\n?(<!-- end -->)", table, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    README.write_text(rewrite(README.read_text()))

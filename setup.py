@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -92,7 +93,7 @@ class NinjaBuild(build_ext):
         cxx = os.environ.get("CXX", "g++")
         nvcc, reason = find_nvcc()
         include = [sysconfig.get_paths()["include"], pybind11.get_include(), str(ROOT / "csrc")]
-        flags = ["-O3", "-std=c++17", *(f"-I{path}" for path in include)]
+        flags = ["-O3", "-std=c++17", *(shell(f"-I{path}") for path in include)]
         host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         facts = {
             "WSIS_VERSION": self.distribution.get_version(),
@@ -131,6 +132,11 @@ class NinjaBuild(build_ext):
                 lines.append(f"  defines = {' '.join(defines)}")
         lines.append(f"build {escape(target)}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"
+
+
+def shell(word: str) -> str:
+    """A word of a shell command inside a ninja file."""
+    return shlex.quote(word).replace("$", "$$")
 
 
 def escape(path: Path) -> str:

@@ -6,8 +6,10 @@ A user's mistake is one line on stderr and exit code 2; a run that failed is exi
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,7 @@ usage: wsis COMMAND [OPTIONS]
   evaluate   score a trained run, or a folder of mask PNGs
   predict    masks of one image or a folder of images
   data       check a data set, or look at a sample of it
-  convert    another project's weights file to a wsis weights file
+  convert    the official RTC checkpoint to a wsis weights file
   doctor     what is installed, what was built, which devices there are
 
 `wsis COMMAND --help` shows the options of a command.
@@ -155,13 +157,23 @@ def _option(arguments: list[str], name: str, default: str) -> str:
     return default
 
 
+def _recipe(arguments: list[str]) -> str:
+    """The recipe named on the command line, else in the --config file, else `demo`."""
+    file = Path(_option(arguments, "--config", ""))
+    named = "demo"
+    if file.is_file():
+        match = re.search(r"^recipe:\s*['\"]?(\w+)", file.read_text(errors="replace"), re.MULTILINE)
+        named = match[1] if match else named
+    return _option(arguments, "--recipe", named)
+
+
 # -- commands ----------------------------------------------------------------------------------
 
 
 def _train(arguments: list[str]) -> int:
     from wsis.recipes import get_recipe
 
-    parser = _train_parser(get_recipe(_option(arguments, "--recipe", "demo")))
+    parser = _train_parser(get_recipe(_recipe(arguments)))
     namespace = parser.parse_args(arguments)
     config = _train_config(namespace, parser)
     if namespace.resume not in ("auto", "none"):
@@ -179,8 +191,9 @@ def _train(arguments: list[str]) -> int:
         if not distributed.is_main():
             return 0
     if not result.finished:
-        command = f"wsis train {' '.join(arguments)}".strip()
-        print(f"stopped after {result.epochs} whole epochs; go on with: {command} --resume auto")
+        command = shlex.join(["wsis", "train", *arguments])
+        command += "" if namespace.resume == "auto" else " --resume auto"
+        print(f"stopped after {result.epochs} whole epochs; go on with: {command}")
         return 130
     print(f"trained {result.epochs} epochs in {result.seconds / 60:.1f} minutes: {folder}")
 
@@ -218,8 +231,15 @@ def _evaluate(arguments: list[str]) -> int:
     parser.add_argument("--flip", type=bool | None, default=None)
     parser.add_argument("--background", type=float | None, default=None)
     parser.add_argument("--base_long", type=int | None, default=None)
+    parser.add_argument("--device", type=str | None, default=None, help="auto | cpu | cuda | ...")
+    parser.add_argument(
+        "--out",
+        type=str | None,
+        default=None,
+        help="where the figures go [the run's folder; RUN/evaluate-N if anything was changed]",
+    )
     parser.add_argument("--masks", type=str | None, default=None, help="folder of mask PNGs")
-    parser.add_argument("--dataset", type=str, default="voc", help="with --masks: voc | coco | ...")
+    parser.add_argument("--dataset", type=str | None, default=None, help="of --masks [voc]")
     parser.add_argument("--root", type=str | None, default=None, help="data set's folder")
     parser.add_argument("--split", type=str | None, default=None, help="list of images [val]")
     parser.add_argument(
@@ -236,11 +256,16 @@ def _evaluate(arguments: list[str]) -> int:
         raise InputError("give either a run folder or --masks FOLDER; see wsis evaluate --help")
     from wsis.evaluate.run import evaluate_masks, evaluate_run
 
+    only_masks, only_run = ("dataset", "unsure"), ("scales", "flip", "background", "base_long")
+    for name in only_masks if options.masks is None else only_run:
+        if getattr(options, name) is not None:
+            where = "--masks FOLDER" if name in only_masks else "a run folder"
+            raise InputError(f"--{name} goes with {where} only; see wsis evaluate --help")
     if options.masks is not None:
         print(
             evaluate_masks(
                 Path(options.masks),
-                dataset=options.dataset,
+                dataset=options.dataset or "voc",
                 root=options.root,
                 split=options.split or "val",
                 convention=options.convention or "voc",
@@ -250,15 +275,24 @@ def _evaluate(arguments: list[str]) -> int:
         return 0
     folder = Path(options.run)
     config = load_config(folder / "config.yaml")
+    stored = config.as_dict()
     for name in ("scales", "flip", "background", "base_long", "convention"):
         if (value := getattr(options, name)) is not None:
             setattr(config.predict, name, tuple(value) if name == "scales" else value)
-    if options.root is not None:
-        config.data.root = options.root
-    if options.split is not None:
-        config.data.val_split = options.split
-    print(evaluate_run(config, folder, weights=options.weights))
+    config.data.val_split = options.split or config.data.val_split
+    changed = config.as_dict() != stored or options.weights != "last"
+    config.data.root = options.root or config.data.root
+    config.device = options.device or config.device
+    out = _next_free(folder / "evaluate") if changed else folder
+    out = Path(options.out) if options.out else out
+    choice = "given to wsis evaluate, after training" if options.background is not None else ""
+    print(evaluate_run(config, folder, weights=options.weights, out=out, background_choice=choice))
     return 0
+
+
+def _next_free(path: Path) -> Path:
+    """The first of PATH-1, PATH-2, ... that does not exist."""
+    return next(p for k in itertools.count(1) if not (p := Path(f"{path}-{k}")).exists())
 
 
 def _predict(arguments: list[str]) -> int:
@@ -267,12 +301,14 @@ def _predict(arguments: list[str]) -> int:
     parser.add_argument("images", type=str, help="an image, or a folder of images")
     parser.add_argument("--out", type=str, default="predictions", help="where the PNGs go")
     parser.add_argument("--weights", type=str, default="last", help="last | best | a weights file")
-    parser.add_argument("--overlay", type=bool, default=True, help="also write image + mask PNGs")
+    parser.add_argument("--overlay", type=bool, default=True, help="also write image + mask JPEGs")
+    parser.add_argument("--device", type=str | None, default=None, help="auto | cpu | cuda | ...")
     options = parser.parse_args(arguments)
     from wsis.evaluate.run import predict_files
 
     folder = Path(options.run)
     config = load_config(folder / "config.yaml")
+    config.device = options.device or config.device
     count = predict_files(
         config,
         folder,
@@ -317,14 +353,15 @@ def _data(arguments: list[str]) -> int:
     for name, count in zip(dataset.classes, dataset.labels.sum(0), strict=True):
         print(f"  {name}: {count} images")
     for problem in problems:
-        print(f"problem: {problem}")
-    print(f"{len(problems)} problems")
-    return 1 if problems else 0
+        print(f"{'error' if problem.fatal else 'note'}: {problem.message}")
+    errors = sum(problem.fatal for problem in problems)
+    print(f"{errors} errors, {len(problems) - errors} notes")
+    return 1 if errors else 0
 
 
 def _convert(arguments: list[str]) -> int:
-    parser = _parser("convert", "Another project's weights file to a wsis weights file.")
-    parser.add_argument("source", type=str, help="public .pth/.safetensors file (never unpickled)")
+    parser = _parser("convert", "The official RTC checkpoint to a wsis weights file.")
+    parser.add_argument("source", type=str, help=".pth or .safetensors file of tensors")
     parser.add_argument("target", type=str, help="file to write, .safetensors")
     options = parser.parse_args(arguments)
     from wsis.engine.convert import convert

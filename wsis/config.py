@@ -3,8 +3,8 @@
 `wsis train --print_config` shows them as YAML; every field can be set in a YAML file
 (``--config run.yaml``) or on the command line (``--optim.lr 0.02``).
 
-The defaults are the paper's values for PASCAL VOC with WideResNet38 (method section 3.10 of the
-official release); `wsis.recipes` holds named runs that differ from them and say why.
+The defaults are the values of the method's official release for PASCAL VOC with WideResNet38;
+`wsis.recipes` holds named runs that differ from them and say why.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ class DataConfig:
         root: its folder; not needed for `scenes`.
         train_split: list of training images.
         val_split: list of held-out images.
-        labels: file with image-level labels, where the tree itself has none.
+        labels: image-level labels of a `voc` tree, where it has none itself: `.json`
+            `{id: [20 numbers]}` or `.npz` with `ids` and `labels`.
         resize_long: the long side of a training image is drawn from this range, pixels.
         crop: side of the training crop (view 1), pixels.
         view2: side of the second siamese view, pixels.
+        view2_flip: mirror the second view, and its maps back (SLRNet's transform; the release only
+            scales).
         flip: probability of a horizontal flip.
         jitter: colour jitter of brightness, contrast, saturation, hue.
         workers: processes that load data; 0 loads in the training process.
@@ -41,6 +44,7 @@ class DataConfig:
     resize_long: tuple[int, int] = (448, 768)
     crop: int = 448
     view2: int = 128
+    view2_flip: bool = False
     flip: float = 0.5
     jitter: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1)
     workers: int = 2
@@ -118,7 +122,8 @@ class OptimConfig:
         clip: largest gradient norm; null does not clip.
         epochs: passes over the training list.
         batch_size: images per optimiser step over all processes and accumulation parts.
-        accumulate: parts that a batch is split into, to save memory.
+        accumulate: parts that a batch is split into, to save memory; prototypes then come from
+            one part, and with several processes from one process's share.
         ema: decay of the exponential moving average of the weights; 0 keeps none. Where there
             is one, it is what is evaluated.
         amp: `off`, `bf16` or `fp16` automatic mixed precision.
@@ -148,6 +153,8 @@ class PredictConfig:
         flip: also predict the mirrored image at every scale.
         background: constant background score; 0.17 is the official value, which its authors
             picked on val.
+        background_power: where set, the decoder's own background probability to this power takes
+            the constant's place (1-stage-wseg uses 3).
         gate: multiply each class by its image-level probability.
         base_long: first resize the long side to this, for networks trained at small crops;
             null keeps the image as it is.
@@ -157,6 +164,7 @@ class PredictConfig:
     scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     flip: bool = True
     background: float = 0.17
+    background_power: float | None = None
     gate: bool = True
     base_long: int | None = None
     convention: str = "voc"

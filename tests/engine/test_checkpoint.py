@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import random
 import resource
 import shutil
@@ -11,22 +10,22 @@ import subprocess
 import sys
 import textwrap
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from wsis.engine import checkpoint, logs
 from wsis.engine.checkpoint import (
     CheckpointStore,
-    load_weights,
     optimizer_state,
     restore_optimizer,
     save_weights,
 )
 from wsis.errors import InputError
+from wsis.models.weights import read_state
 
 ROOT = Path(__file__).parents[2]
 
@@ -484,22 +483,12 @@ def test_a_file_where_the_folder_should_be(tmp_path):
 # -- weights files -------------------------------------------------------------------------------
 
 
-class Payload:
-    """Runs code when unpickled without care."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.canary}",)
-
-
 def test_weights_round_trip(tmp_path):
     path = tmp_path / "new" / "weights.safetensors"
     save_weights(path, groups(3)["model"], {"recipe": "demo"})
-    tensors, metadata = load_weights(path)
-    assert_equal(tensors, groups(3)["model"])
-    assert metadata == {"recipe": "demo"}
+    assert_equal(read_state(path), groups(3)["model"])
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"recipe": "demo"}
     assert names(path.parent) == {"weights.safetensors"}
     with pytest.raises(InputError, match=r"\.safetensors"):
         save_weights(tmp_path / "weights.pth", {}, {})
@@ -515,87 +504,8 @@ def test_weights_on_a_full_disk_keep_the_old_file(tmp_path):
             save_weights(path, {"w": torch.zeros(10_000)}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert_equal(load_weights(path)[0], groups(3)["model"])
+    assert_equal(read_state(path), groups(3)["model"])
     assert names(tmp_path) == {"weights.safetensors"}
-
-
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
-@pytest.mark.parametrize("legacy", [False, True])
-def test_plain_torch_files_are_read(tmp_path, wrapper, legacy):
-    state = groups(2)["model"]
-    content = state if wrapper is None else {wrapper: state, "epoch": 3}
-    path = tmp_path / "weights.pth"
-    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    assert_equal(load_weights(path)[0], state)
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("suffix", [".pth", ".pt"])
-def test_a_payload_in_a_torch_file_never_runs(tmp_path, legacy, suffix):
-    canary, path = tmp_path / "canary", tmp_path / f"weights{suffix}"
-    torch.save(
-        {"w": torch.ones(1), "x": Payload(canary)},
-        path,
-        _use_new_zipfile_serialization=not legacy,
-    )
-    with pytest.raises(InputError, match="wsis convert"):
-        load_weights(path)
-    assert not canary.exists()
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".pkl", ".npy", ".bin", ".ckpt", ".safetensors"])
-def test_a_bare_pickle_never_runs(tmp_path, suffix):
-    canary, path = tmp_path / "canary", tmp_path / f"weights{suffix}"
-    path.write_bytes(pickle.dumps(Payload(canary)))
-    with pytest.raises(InputError) as error:
-        load_weights(path)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
-    assert not canary.exists()
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_torchscript_is_refused(tmp_path):
-    path = tmp_path / "model.pt"
-    torch.jit.script(nn.Linear(2, 2)).save(path)
-    with pytest.raises(InputError, match="TorchScript"):
-        load_weights(path)
-
-
-@pytest.mark.parametrize("content", [torch.ones(2), [torch.ones(2)], {"w": 3}, {1: torch.ones(2)}])
-def test_a_torch_file_that_is_no_state_dict_is_refused(tmp_path, content):
-    torch.save(content, tmp_path / "x.pth")
-    with pytest.raises(InputError, match="plain state dict"):
-        load_weights(tmp_path / "x.pth")
-
-
-def test_a_packed_torch_file_is_refused_unread(tmp_path, monkeypatch):
-    torch.save({"w": torch.zeros(1000)}, tmp_path / "x.pth")
-    with (
-        zipfile.ZipFile(tmp_path / "x.pth") as source,
-        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
-    ):
-        for item in source.infolist():
-            bomb.writestr(item.filename, source.read(item))
-    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("the file was read"))
-    with pytest.raises(InputError, match="plain state dict"):
-        load_weights(tmp_path / "bomb.pth")
-
-
-def test_an_old_torch_is_told_to_upgrade(tmp_path, monkeypatch):
-    torch.save({"w": torch.ones(1)}, tmp_path / "x.pth")
-    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
-    with pytest.raises(InputError, match=r"torch >= 2\.10, got 2\.9\.1"):
-        load_weights(tmp_path / "x.pth")
-
-
-def test_an_absent_file_and_a_truncated_one(tmp_path):
-    with pytest.raises(InputError, match="found none"):
-        load_weights(tmp_path / "x.safetensors")
-    torch.save({"w": torch.ones(100)}, tmp_path / "x.pth")
-    os.truncate(tmp_path / "x.pth", 300)
-    with pytest.raises(InputError, match="damaged"):
-        load_weights(tmp_path / "x.pth")
 
 
 # -- optimiser -----------------------------------------------------------------------------------
@@ -681,5 +591,3 @@ def test_another_optimizer_or_model_is_refused():
     tensors["second.weight/momentum_buffer"] = torch.zeros(3, 8)
     with pytest.raises(InputError, match=r"must be \[3, 7\], the checkpoint holds \[3, 8\]"):
         restore_optimizer(optimizer, model, tensors, numbers)
-
-

@@ -174,10 +174,10 @@ def test_supervised_losses():
     maps = make_maps(3, 5, (4, 4), 7)
     masks = torch.full((3, 8, 8), 255)
     masks[0, 0, 0] = 3
-    losses = supervised_losses(maps, LABEL, masks, seg=2.0)
+    losses = supervised_losses(maps, LABEL, masks)
     up = F.interpolate(maps.logits, (8, 8), mode="bilinear", align_corners=True)
     assert torch.allclose(losses["seg"], F.cross_entropy(up, masks, ignore_index=255))
-    assert torch.allclose(losses["total"], losses["cls"] + 2 * losses["seg"])
+    assert torch.allclose(losses["total"], losses["cls"] + losses["seg"])
     assert supervised_losses(maps, LABEL, torch.full_like(masks, 255))["seg"] == 0
 
 

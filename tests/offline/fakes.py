@@ -29,7 +29,7 @@ class ColourModel(nn.Module):
         self.crr = nn.Identity() if crr else None
         self.inputs: list[tuple[int, ...]] = []
 
-    def forward(self, image: torch.Tensor, *, decode: bool = True) -> Maps:
+    def forward(self, image: torch.Tensor, *, decode: bool = True, refine: bool = True) -> Maps:
         self.inputs.append(tuple(image.shape))
         red, green, blue = image.unbind(1)
         evidence = torch.stack(
@@ -44,7 +44,7 @@ class ColourModel(nn.Module):
             .flatten(2)
             .amax(-1),
             features=cams.relu(),
-            refined=None if self.crr is None else self._grid(scores, 8).sigmoid(),
+            refined=None if self.crr is None or not refine else self._grid(scores, 8).sigmoid(),
             logits=self._grid(scores, 4) * self.scale if decode else None,
         )
 

@@ -29,7 +29,7 @@ def test_merge_equals_the_official_inference(golden, golden_spec, assert_golden)
         full = F.interpolate(cam, size, mode="bilinear", align_corners=True)
         class_logits.append(full.mean(dim=(2, 3))[0, 1:])
         logits.append(torch.from_numpy(data[f"seg_{index}"])[0])
-    scores, probs = merge_passes(
+    scores, probs, _ = merge_passes(
         logits, class_logits, pass_sizes=sizes, flips=[False, True] * 4, size=(37, 50)
     )
     assert_golden(spec, "norm_cam", scores.numpy(), data["norm_cam"])
@@ -59,8 +59,8 @@ def test_pass_sizes_are_the_official_ones(golden):
 def test_gate_is_a_factor_per_class():
     logits, o = torch.randn(3, 4, 5), torch.tensor([0.3, -2.0])
     layout = {"pass_sizes": [(8, 9)], "flips": [True], "size": (16, 18)}
-    gated, _ = merge_passes([logits], [o], **layout)
-    plain, _ = merge_passes([logits], [o], **layout, gate=False)
+    gated, *_ = merge_passes([logits], [o], **layout)
+    plain, *_ = merge_passes([logits], [o], **layout, gate=False)
     torch.testing.assert_close(gated, plain * o.sigmoid()[:, None, None])
 
 
@@ -151,3 +151,12 @@ def test_with_the_real_network():
     assert answer.mask.shape == (45, 61)
     assert torch.equal(answer.scores, again.scores)
     assert model.training
+
+
+def test_own_background_takes_the_constants_place():
+    logits, o = torch.randn(3, 4, 5), torch.tensor([9.0, 9.0])
+    layout = {"pass_sizes": [(8, 10)], "flips": [False], "size": (8, 10)}
+    scores, _, background = merge_passes([logits], [o], **layout, gate=False)
+    torch.testing.assert_close(scores.sum(0) + background, torch.ones(8, 10))
+    expected = torch.cat([background[None] ** 3, scores]).argmax(0)
+    assert torch.equal(predict_masks(scores, background**3).long(), expected)

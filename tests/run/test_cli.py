@@ -32,7 +32,15 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         (["train", "--data.dataset", "voc", "--data.root", "absent"], "absent"),
         (["train", "--model.backbone", "resnet51", "--out", "unused"], "resnet5"),
         (["train", "--device", "cuda:7", "--out", "unused"], "--device cpu"),
+        (["train", "--device", "gpu", "--out", "unused"], "--device auto"),
         (["train", "--optim.accumulate", "3", "--out", "unused"], "multiple of"),
+        (["train", "--validate_every", "0", "--out", "unused"], "validate_every must be at least"),
+        (["train", "--optim.epochs", "0", "--out", "unused"], "optim.epochs must be at least"),
+        (["train", "--data.jitter", "[0,0,0,0.7]", "--out", "unused"], "hue"),
+        (["train", "--model.freeze_bn", "true", "--out", "unused"], "model.weights is 'none'"),
+        (["train", "--optim.amp", "fp16", "--device", "cpu", "--out", "unused"], "needs a GPU"),
+        (["train", "--data.root", "photos"], "'scenes' is built in"),
+        (["train", "--data.labels", "x.json"], "data.labels goes with"),
         (["evaluate"], "either a run folder or --masks"),
         (["evaluate", "absent"], "not a run folder"),
         (["predict", "absent", "x.jpg"], "not a run folder"),
@@ -65,7 +73,9 @@ def test_print_config_is_a_config(tmp_path):
     line = [sys.executable, "-m", "wsis", "train"]
     printed = subprocess.run(
         [*line, "--recipe", "rtc_voc_wr38", "--optim.lr", "0.5", "--print_config"],
-        capture_output=True, text=True, check=True,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     values = yaml.safe_load(printed)
     assert values["optim"]["lr"] == 0.5
@@ -81,7 +91,20 @@ def test_print_config_is_a_config(tmp_path):
 
 
 def test_data_show_and_check(tmp_path, capsys):
-    assert main(["data", "show", "--dataset", "scenes", "--out", str(tmp_path / "s.png"),
-                 "--count", "3"]) == 0
+    assert (
+        main(
+            [
+                "data",
+                "show",
+                "--dataset",
+                "scenes",
+                "--out",
+                str(tmp_path / "s.png"),
+                "--count",
+                "3",
+            ]
+        )
+        == 0
+    )
     assert (tmp_path / "s.png").stat().st_size > 1000
     assert not list(tmp_path.glob(".*"))

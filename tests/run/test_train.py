@@ -66,8 +66,24 @@ def test_a_run_leaves_all_it_promises(trained, tree):
 
 def test_worker_count_does_not_change_the_result(trained, tmp_path):
     config = trained / "config.yaml"
-    assert main(["train", "--config", str(config), "--out", str(tmp_path / "w"), "--data.workers",
-                 "2", "--quality_images", "0", "--report_images", "0"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--config",
+                str(config),
+                "--out",
+                str(tmp_path / "w"),
+                "--data.workers",
+                "2",
+                "--quality_images",
+                "0",
+                "--report_images",
+                "0",
+            ]
+        )
+        == 0
+    )
     assert weights(tmp_path / "w") == weights(trained)
 
 
@@ -76,16 +92,41 @@ def test_training_reads_no_mask(trained, tree, tmp_path):
     shutil.copytree(tree, bare)
     shutil.rmtree(bare / "SegmentationClass")
     config = trained / "config.yaml"
-    assert main(["train", "--config", str(config), "--out", str(tmp_path / "run"),
-                 "--data.root", str(bare)]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--config",
+                str(config),
+                "--out",
+                str(tmp_path / "run"),
+                "--data.root",
+                str(bare),
+            ]
+        )
+        == 0
+    )
     assert weights(tmp_path / "run") == weights(trained)
 
 
 def kill_and_resume(config, folder, kills: int, seed: int, span: float) -> None:
     """Start the run, kill it -9 after random times, resume until it ends by itself."""
     moments = random.Random(seed)
-    line = command("train", "--config", config, "--out", folder, "--resume", "auto",
-                   "--save_every", "2", "--quality_images", "0", "--report_images", "0")
+    line = command(
+        "train",
+        "--config",
+        config,
+        "--out",
+        folder,
+        "--resume",
+        "auto",
+        "--save_every",
+        "2",
+        "--quality_images",
+        "0",
+        "--report_images",
+        "0",
+    )
     for _ in range(kills):
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         started = time.monotonic()
@@ -112,7 +153,9 @@ def test_sigterm_saves_and_tells_how_to_go_on(trained, tmp_path):
     config = trained / "config.yaml"
     process = subprocess.Popen(
         command("train", "--config", config, "--out", folder, "--optim.epochs", "400"),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while not (folder / "log.jsonl").exists() or not (folder / "log.jsonl").read_text():
         time.sleep(0.05)
@@ -147,18 +190,33 @@ def test_accumulated_parts_are_one_batch(trained, tmp_path):
     assert trainer.run().finished
 
 
-@pytest.mark.parametrize("flags", [
-    ["--model.crr", "false"],
-    ["--loss.ctr", "0", "--loss.com", "0"],
-    ["--loss.com", "0"],
-    ["--supervision", "masks"],
-    ["--optim.amp", "bf16", "--optim.ema", "0"],
-    ["--optim.name", "adamw", "--optim.lr", "0.001"],
-])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model.crr", "false"],
+        ["--loss.ctr", "0", "--loss.com", "0"],
+        ["--loss.com", "0"],
+        ["--supervision", "masks"],
+        ["--optim.amp", "bf16", "--optim.ema", "0"],
+        ["--optim.name", "adamw", "--optim.lr", "0.001"],
+    ],
+)
 def test_ladder_and_variants_train(trained, tmp_path, flags):
     config = trained / "config.yaml"
-    arguments = ["train", "--config", str(config), "--out", str(tmp_path / "run"), *flags,
-                 "--optim.epochs", "1", "--pseudo.start", "0", "--quality_images", "2"]
+    arguments = [
+        "train",
+        "--config",
+        str(config),
+        "--out",
+        str(tmp_path / "run"),
+        *flags,
+        "--optim.epochs",
+        "1",
+        "--pseudo.start",
+        "0",
+        "--quality_images",
+        "2",
+    ]
     assert main(arguments) == 0
     record = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert np.isfinite(record["total"]) and "seg" in record
@@ -167,8 +225,22 @@ def test_ladder_and_variants_train(trained, tmp_path, flags):
 def test_another_configuration_does_not_resume(trained, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
-    assert main(["train", "--config", str(trained / "config.yaml"), "--out", str(folder),
-                 "--resume", "auto", "--seed", "2"]) == 2
+    assert (
+        main(
+            [
+                "train",
+                "--config",
+                str(trained / "config.yaml"),
+                "--out",
+                str(folder),
+                "--resume",
+                "auto",
+                "--seed",
+                "2",
+            ]
+        )
+        == 2
+    )
     assert "another configuration" in capsys.readouterr().err
 
 
@@ -204,23 +276,120 @@ def test_predict_writes_masks_and_overlays(trained, tree, tmp_path, capsys):
 
 
 def test_two_processes_train_and_end_together(trained, tmp_path):
-    line = command("train", "--config", trained / "config.yaml", "--out", tmp_path / "ddp",
-                   "--optim.epochs", "1", "--quality_images", "0", "--report_images", "0")
+    line = command(
+        "train",
+        "--config",
+        trained / "config.yaml",
+        "--out",
+        tmp_path / "ddp",
+        "--optim.epochs",
+        "1",
+        "--quality_images",
+        "0",
+        "--report_images",
+        "0",
+    )
     torchrun = [line[0], "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun, *line[1:]], capture_output=True, text=True, timeout=240,
-                          env=environment, check=False)
+    done = subprocess.run(
+        [*torchrun, *line[1:]],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "ddp" / "weights.safetensors").exists()
     assert len((tmp_path / "ddp" / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_two_processes_train_the_supervised_twin(trained, tmp_path):
+    flags = ["--supervision", "masks", "--optim.epochs", "2", "--report_images", "0"]
+    line = command("train", "--config", trained / "config.yaml", "--out", tmp_path / "ddp", *flags)
+    launch = [line[0], "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29518"]
+    done = subprocess.run(
+        [*launch, *line[1:]],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "ddp" / "metrics.json").read_text())["cams"] is None
+
+
+def test_without_ground_truth_masks_are_predicted_not_scored(trained, tree, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(tree, bare)
+    shutil.rmtree(bare / "SegmentationClass")
+    assert main(["evaluate", str(trained), "--root", str(bare), "--out", str(tmp_path / "e")]) == 0
+    assert "no ground truth" in capsys.readouterr().out
+    assert len(list((tmp_path / "e" / "masks").glob("*.png"))) == 4
+    assert (tmp_path / "e" / "report.html").exists()
+    assert json.loads((tmp_path / "e" / "metrics.json").read_text())["scores"]["miou"] is None
+
+
+def test_some_missing_masks_are_left_out_and_counted(trained, tree, tmp_path):
+    partial = tmp_path / "partial"
+    shutil.copytree(tree, partial)
+    for name in ("train_003", "val_001"):
+        (partial / "SegmentationClass" / f"{name}.png").unlink()
+    out = tmp_path / "e"
+    assert main(["evaluate", str(trained), "--root", str(partial), "--out", str(out)]) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["protocol"]["images"] == 3
+    assert metrics["cams"]["protocol"]["images"] == 11
+    arguments = ["train", "--config", str(trained / "config.yaml"), "--data.root", str(partial)]
+    assert main([*arguments, "--supervision", "masks", "--out", str(tmp_path / "t")]) == 2
+
+
+def test_other_settings_do_not_touch_the_runs_own_figures(trained, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    before = (folder / "metrics.json").read_bytes()
+    assert main(["evaluate", str(folder), "--background", "0.4"]) == 0
+    assert "0.4 (given to wsis evaluate, after training)" in capsys.readouterr().out
+    assert (folder / "metrics.json").read_bytes() == before
+    assert (folder / "evaluate-1" / "metrics.json").exists()
+
+
+def test_predict_never_overwrites_a_photograph(trained, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (32, 24)).save(photos / "a.png")
+    assert main(["predict", str(trained), str(photos), "--out", str(photos)]) == 2
+    assert "a.png is one of the images" in capsys.readouterr().err
+    Image.new("RGB", (32, 24)).save(photos / "a.jpg")
+    assert main(["predict", str(trained), str(photos), "--out", str(tmp_path / "out")]) == 2
+    assert "both become a.png" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--data.view2_flip", "true"], ["--predict.background_power", "3"]]
+)
+def test_reconstructions_are_options(trained, tmp_path, flags):
+    arguments = ["train", "--config", str(trained / "config.yaml"), "--out", str(tmp_path / "run")]
+    assert main([*arguments, *flags, "--optim.epochs", "1", "--report_images", "0"]) == 0
 
 
 def test_unreadable_image_names_the_file(tmp_path, tiny):
     root = write_tree(tmp_path / "broken", train=4, val=4)
     victim = root / "JPEGImages" / "train_002.jpg"
     victim.write_bytes(victim.read_bytes()[:200])
-    done = run("train", "--config", tiny, "--data.root", root, "--out", tmp_path / "run",
-               "--data.workers", "1")
+    done = run(
+        "train",
+        "--config",
+        tiny,
+        "--data.root",
+        root,
+        "--out",
+        tmp_path / "run",
+        "--data.workers",
+        "1",
+    )
     assert done.returncode == 2
     assert "train_002.jpg" in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()[-1]) < 400

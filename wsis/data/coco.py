@@ -97,6 +97,10 @@ class Coco(Dataset):
         """The annotation file and the rule of painting."""
         return f"{self._annotations.name} (small on top, crowd 255)"
 
+    def has_mask(self, i: int) -> bool:
+        """Every image has one."""
+        return self.has_masks
+
     def mask_path(self, i: int) -> Path | None:
         """None: masks come from one file for all."""
         return None

@@ -121,6 +121,10 @@ class Dataset:
         candidates = (folder / f"{self.ids[i]}.png" for folder in self._mask_folders)
         return next((path for path in candidates if path.is_file()), None)
 
+    def has_mask(self, i: int) -> bool:
+        """Whether image i has ground truth."""
+        return self.mask_path(i) is not None
+
     def image(self, i: int) -> Image.Image:
         """Image i in RGB as stored: an EXIF orientation is not applied.
 
@@ -175,6 +179,11 @@ def open_dataset(
     if name not in DATASETS:
         raise InputError(f"unknown data set '{name}', expected one of {', '.join(DATASETS)}")
     if name == "scenes":
+        if root is not None:
+            raise InputError(
+                f"data set 'scenes' is built in and has no folder, got {root}; for your own images "
+                "say which kind it is (voc, folder, coco)"
+            )
         from wsis.data.scenes import Scenes
 
         return Scenes(split, **options)

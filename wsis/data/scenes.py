@@ -91,6 +91,10 @@ class Scenes(Dataset):
         """None: images are drawn."""
         return None
 
+    def has_mask(self, i: int) -> bool:
+        """Every image has one."""
+        return self.has_masks
+
     def mask_path(self, i: int) -> Path | None:
         """None: masks are drawn."""
         return None

@@ -18,7 +18,7 @@ def second_view(image: Tensor, size: int, *, flip: bool = False) -> Tensor:
     Args:
         image: `[B, 3, H, W] float`, the first view after normalisation and padding.
         size: side of the second view in pixels.
-        flip: also mirror it left to right; maps of the two views then need unflipping.
+        flip: also mirror it left to right; the view's maps must then be mirrored back.
 
     Returns:
         `[B, 3, size, size]`, bilinear with aligned corners.

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from wsis.config import DataConfig, ModelConfig
 from wsis.data.dataset import Dataset, open_dataset
+from wsis.errors import InputError
 from wsis.models.backbones import create_backbone
 from wsis.models.rtc import RTC
 
 
-def build_model(config: ModelConfig, num_classes: int) -> RTC:
-    """The network for `num_classes` foreground classes."""
+def build_model(config: ModelConfig, num_classes: int, *, supervision: str = "labels") -> RTC:
+    """The network for `num_classes` foreground classes.
+
+    Under `supervision="masks"` it has no refinement: that serves pseudo masks only, and its
+    gradients never reach the rest of the network.
+    """
     pretrained = {"none": False, "pretrained": True}.get(config.weights, config.weights)
     backbone = create_backbone(
         config.backbone, pretrained=pretrained, output_stride=config.output_stride
@@ -19,7 +24,7 @@ def build_model(config: ModelConfig, num_classes: int) -> RTC:
         num_classes,
         feature_dim=config.feature_dim,
         dropout=config.dropout,
-        crr=config.crr,
+        crr=config.crr and supervision == "labels",
         crr_dims=tuple(config.crr_dims),
         decoder_dims=tuple(config.decoder_dims),
         freeze_stem=config.freeze_stem,
@@ -29,5 +34,10 @@ def build_model(config: ModelConfig, num_classes: int) -> RTC:
 
 def open_split(config: DataConfig, split: str) -> Dataset:
     """One split of a run's data set."""
+    if config.labels and config.dataset != "voc":
+        raise InputError(
+            f"data.labels goes with data.dataset voc only, got {config.dataset}; "
+            "a folder has its labels in its CSV, COCO in its annotations"
+        )
     options = {"labels": config.labels} if config.labels else {}
     return open_dataset(config.dataset, config.root, split, **options)

@@ -12,13 +12,12 @@ import json
 import re
 import shutil
 import uuid
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,8 +30,6 @@ _FORMAT = 1
 _STEP = re.compile(r"step-(\d+)(-replaced)?")
 _NAME = re.compile(r"[a-z0-9_]+")
 _FILE = re.compile(r"[a-z0-9_]+\.safetensors")
-# weights_only=True had holes that run code before this release (CVE-2025-32434, CVE-2026-24747).
-_SAFE_TORCH = (2, 10)
 
 
 class CheckpointStore:
@@ -206,71 +203,6 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         raise write_error(path, error, needed) from error
 
 
-def load_weights(path: Path) -> tuple[Group, dict[str, str]]:
-    """Read a state dict without running anything that a file may carry.
-
-    ``.safetensors`` is read as it is. ``.pth`` and ``.pt`` are read with ``weights_only=True`` and
-    must hold a state dict, bare or under ``"state_dict"`` or ``"model"``.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Tensors by name, on the CPU, and the metadata (empty for ``.pth`` and ``.pt``).
-
-    Raises:
-        InputError: no such file, a damaged one, TorchScript, a pickle with anything but tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: expected a weights file, found none; check the path")
-    if path.suffix in {".pth", ".pt"}:
-        return _load_torch_file(path), {}
-    if path.suffix != ".safetensors":
-        raise InputError(
-            f"{path}: expected .safetensors, .pth or .pt, got {path.suffix or 'no suffix'!r}; "
-            "make a .safetensors file of it with `wsis convert`"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        return load_file(path), metadata
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, str(error)) from error
-
-
-def _load_torch_file(path: Path) -> Group:
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _SAFE_TORCH:
-        raise InputError(
-            f"{path}: reading .pth safely needs torch >= 2.10, got {torch.__version__}; "
-            "upgrade torch, or use `wsis convert` elsewhere and bring the .safetensors file"
-        )
-    refusal = InputError(
-        f"{path}: expected a plain state dict of tensors, got TorchScript, a pickle with code or a "
-        "damaged file; save model.state_dict() in its own project, then use `wsis convert`"
-    )
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                # torch stores its files; packed ones may unpack to any size.
-                if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
-                    raise refusal
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    # Bad bytes make the unpickler fail in every way (KeyError, struct.error, AttributeError, ...).
-    except Exception as error:
-        raise refusal from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
-    ):
-        raise refusal
-    return dict(content)
-
-
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Group, dict]:
     """State of an optimiser by parameter name, so that a new order of parameters does no harm.
 
@@ -326,13 +258,19 @@ def restore_optimizer(
                 f"'{key}' must be {list(expected)}, the checkpoint holds {list(value.shape)}; "
                 "resume with the same model"
             )
-        # A copy: the optimiser changes it in place.
+        # A copy, since the optimiser changes it in place, laid out in memory like its parameter.
         slots.setdefault(index[name], {})[slot] = (
-            value.clone() if isinstance(value, Tensor) else value
+            _like(order[index[name]], value) if isinstance(value, Tensor) else value
         )
     optimizer.load_state_dict(
         {"state": slots, "param_groups": optimizer.state_dict()["param_groups"]}
     )
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    if value.shape != parameter.shape:
+        return value.clone()
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def _portable(tensors: Mapping[str, Tensor]) -> Group:

@@ -40,11 +40,18 @@ def session(device: str = "auto", *, timeout: float = 600.0) -> Iterator[torch.d
         The device of this process. Without a launch nothing else happens.
 
     Raises:
-        InputError: a launch variable is missing, or there are fewer GPUs than processes here.
+        InputError: no such device, a launch variable is missing, or there are fewer GPUs than
+            processes here.
     """
-    kind = default_device().type if device == "auto" else torch.device(device).type
+    try:
+        wanted = default_device() if device == "auto" else torch.device(device)
+    except RuntimeError as error:
+        raise InputError(
+            f"device '{device}' is none of torch's; use --device auto, cpu or cuda"
+        ) from error
+    kind = wanted.type
     if "RANK" not in os.environ:
-        yield default_device() if device == "auto" else torch.device(device)
+        yield wanted
         return
     missing = [name for name in _LAUNCH if name not in os.environ]
     if missing:
@@ -84,12 +91,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    """Wait until every process is here."""
-    if _joined():
-        dist.barrier()
-
-
 def _device() -> torch.device:
     """Where the tensors of a collective must lie."""
     return default_device() if dist.get_backend() == "nccl" else torch.device("cpu")
@@ -105,6 +106,15 @@ def all_reduce_mean(values: Mapping[str, float | Tensor]) -> dict[str, float]:
     dist.all_reduce(packed)
     reduced = dict(zip(names, (packed / world_size()).tolist(), strict=True))
     return {name: reduced[name] for name in means}
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum over processes of a tensor of one shape, on the CPU."""
+    if world_size() == 1:
+        return values
+    summed = values.to(_device())
+    dist.all_reduce(summed)
+    return summed.cpu()
 
 
 def any_rank(flag: bool) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -21,13 +23,21 @@ class Siamese(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, image: Tensor, view2: Tensor | None, decode: bool
-    ) -> tuple[Maps, Maps | None]:
-        """Maps of `image [B, 3, H, W]` (decoded if asked) and of `view2 [B, 3, s, s]` if given."""
-        first = self.model(image, decode=decode)
-        second = None if view2 is None else self.model(view2, decode=False)
-        return first, second
+    def forward(self, image: Tensor, view2: Tensor, decode: bool) -> tuple[Maps, Maps]:
+        """Maps of `image [B, 3, H, W]` (decoded if asked) and of `view2 [B, 3, s, s]`."""
+        return self.model(image, decode=decode), self.model(view2, decode=False)
+
+
+class Supervised(nn.Module):
+    """One view, for the fully supervised twin."""
+
+    def __init__(self, model: RTC) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Maps:
+        """Maps of `image [B, 3, H, W]`, decoded."""
+        return self.model(image)
 
 
 def weak_losses(
@@ -36,10 +46,11 @@ def weak_losses(
     batch: Batch,
     *,
     view2_size: int,
+    view2_flip: bool = False,
     weights: RtcWeights,
     pseudo: PseudoConfig,
     segment: bool,
-) -> tuple[dict[str, Tensor], Maps, Tensor | None]:
+) -> dict[str, Tensor]:
     """Losses of the method from image-level labels alone.
 
     Args:
@@ -47,17 +58,21 @@ def weak_losses(
         model: the network inside it (for its mean and std).
         batch: images and labels; its masks, if any, are not read.
         view2_size: side of the second view.
+        view2_flip: whether the second view is mirrored.
         weights: the method's terms and switches.
         pseudo: rule of the online pseudo masks.
         segment: whether the decoder learns yet.
 
     Returns:
-        Named scalars with `total`; the maps of view 1; the pseudo masks `[B, H, W] int64` or None.
+        Named scalars with `total`.
     """
     size = batch.image.shape[-2:]
-    first, second = siamese(batch.image, second_view(batch.image, view2_size), segment)
+    view2 = second_view(batch.image, view2_size, flip=view2_flip)
+    first, second = siamese(batch.image, view2, segment)
+    if view2_flip:
+        second = mirrored(second)
     masks = pseudo_masks(model, batch, first, pseudo) if segment else None
-    losses = rtc_losses(
+    return rtc_losses(
         first,
         second,
         batch.label,
@@ -66,7 +81,12 @@ def weak_losses(
         weights=weights,
         pseudo_masks=masks,
     )
-    return losses, first, masks
+
+
+def mirrored(maps: Maps) -> Maps:
+    """The maps of a mirrored view, mirrored back."""
+    refined = None if maps.refined is None else maps.refined.flip(-1)
+    return replace(maps, cams=maps.cams.flip(-1), features=maps.features.flip(-1), refined=refined)
 
 
 @torch.no_grad()
@@ -88,7 +108,6 @@ def pseudo_masks(model: RTC, batch: Batch, maps: Maps, pseudo: PseudoConfig) -> 
     )
 
 
-def mask_losses(siamese: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Maps]:
+def mask_losses(supervised: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Losses of the fully supervised twin: classification and cross-entropy on true masks."""
-    first, _ = siamese(batch.image, None, True)
-    return supervised_losses(first, batch.label, batch.mask), first
+    return supervised_losses(supervised(batch.image), batch.label, batch.mask)

@@ -35,10 +35,10 @@ from wsis.engine.checkpoint import (
     save_weights,
 )
 from wsis.engine.interrupt import StopRequest
-from wsis.engine.logs import RunLog, versions, write_json_atomic
+from wsis.engine.logs import RunLog, versions, write_json_atomic, write_text_atomic
 from wsis.engine.meters import RunningMean
 from wsis.engine.optim import finite_norm, make_optimizer, poly_factor, set_lr
-from wsis.engine.step import Siamese, mask_losses, weak_losses
+from wsis.engine.step import Siamese, Supervised, mask_losses, weak_losses
 from wsis.engine.validate import classification_map
 from wsis.errors import InputError
 from wsis.models.rtc import RTC
@@ -106,6 +106,45 @@ def keep_freed_memory() -> None:
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
+def check(config: TrainConfig, processes: int) -> None:
+    """Refuse a configuration that would fail later; InputError names the field and its range."""
+    optim, data = config.optim, config.data
+    least = {
+        "optim.epochs": (optim.epochs, 1),
+        "optim.batch_size": (optim.batch_size, 1),
+        "optim.accumulate": (optim.accumulate, 1),
+        "data.crop": (data.crop, 8),
+        "data.view2": (data.view2, 8),
+        "data.workers": (data.workers, 0),
+        "pseudo.down_scale": (config.pseudo.down_scale, 1),
+        "pseudo.iterations": (config.pseudo.iterations, 0),
+        "loss.top_divisor": (config.loss.top_divisor, 1),
+        "validate_every": (config.validate_every, 1),
+        "report_images": (config.report_images, 0),
+        "threads": (config.threads, 0),
+        "seed": (config.seed, 0),
+    }
+    for name, (value, low) in least.items():
+        if value < low:
+            raise InputError(f"{name} must be at least {low}, got {value}")
+    *ratios, hue = data.jitter
+    if min(*ratios, hue) < 0 or hue > 0.5:
+        raise InputError(
+            f"data.jitter must be three ratios >= 0 and a hue shift in [0, 0.5], "
+            f"got {tuple(data.jitter)}"
+        )
+    if optim.batch_size % (optim.accumulate * processes):
+        raise InputError(
+            f"optim.batch_size ({optim.batch_size}) must be a multiple of optim.accumulate "
+            f"({optim.accumulate}) times the number of processes ({processes})"
+        )
+    if config.model.weights == "none" and (config.model.freeze_bn or config.model.freeze_stem):
+        raise InputError(
+            "model.weights is 'none', but model.freeze_bn or model.freeze_stem would keep random "
+            "layers as they are; give --model.weights pretrained (or a file), or set both to false"
+        )
+
+
 class Trainer:
     """One training run in one folder.
 
@@ -119,30 +158,34 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, folder: Path, *, resume: bool) -> None:
+        check(config, distributed.world_size())
         self.config, self.folder = config, Path(folder)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = pick_device(config.device)
+        if config.optim.amp == "fp16" and self.device.type != "cuda":
+            raise InputError("optim.amp fp16 needs a GPU; use bf16 or off on the CPU")
         if self.device.type == "cpu":
             keep_freed_memory()
         self.train_set = open_split(config.data, config.data.train_split)
         self.val_set = open_split(config.data, config.data.val_split)
-        if config.supervision == "masks" and not self.train_set.has_masks:
-            raise InputError(
-                f"--supervision masks needs masks, but {self.train_set.root} has none for "
-                f"'{self.train_set.split}'; train with --supervision labels"
-            )
-        if config.optim.batch_size % config.optim.accumulate:
-            raise InputError(
-                f"optim.batch_size ({config.optim.batch_size}) must be a multiple of "
-                f"optim.accumulate ({config.optim.accumulate})"
-            )
+        if config.supervision == "masks":
+            bare = [k for k in range(len(self.train_set)) if not self.train_set.has_mask(k)]
+            if bare:
+                raise InputError(
+                    f"--supervision masks needs a mask for every image, but {len(bare)} of "
+                    f"'{self.train_set.split}' in {self.train_set.root} have none, the first is "
+                    f"{self.train_set.ids[bare[0]]}; train with --supervision labels"
+                )
 
         torch.manual_seed(config.seed)
-        self.model = build_model(config.model, len(self.train_set.classes))
+        self.model = build_model(
+            config.model, len(self.train_set.classes), supervision=config.supervision
+        )
         self.model.to(self.device, memory_format=torch.channels_last)
+        wrapper = Supervised if config.supervision == "masks" else Siamese
         # Before its epoch the decoder gets no gradient, which DDP must be told to expect.
-        self.siamese = distributed.wrap_ddp(Siamese(self.model), find_unused=True)
+        self.network = distributed.wrap_ddp(wrapper(self.model), find_unused=True)
         self.optimizer = make_optimizer(
             self.model,
             name=config.optim.name,
@@ -178,6 +221,7 @@ class Trainer:
 
         self.step = 0
         self.seconds = 0.0
+        self._clock = time.monotonic()
         self.best_map = -1.0
         self.means = RunningMean()
         self.store = CheckpointStore(self.folder / "ckpt")
@@ -193,11 +237,8 @@ class Trainer:
 
     def _describe(self) -> None:
         """Store what a reader of the folder needs: configuration, versions, data fingerprint."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(json.loads(json.dumps(self.config.as_dict())), sort_keys=False)
-        temporary = self.folder / "config.yaml.tmp"
-        temporary.write_text(text)
-        temporary.replace(self.folder / "config.yaml")
+        write_text_atomic(self.folder / "config.yaml", text)
         about = {
             "versions": versions(),
             "identity": self.identity,
@@ -215,6 +256,7 @@ class Trainer:
             "split": dataset.split,
             "images": len(dataset),
             "classes": list(dataset.classes),
+            "mask_ids": list(dataset.mask_ids),
             "fingerprint": dataset.fingerprint(),
         }
 
@@ -277,16 +319,17 @@ class Trainer:
 
     def _losses(self, batch: Batch, segment: bool) -> dict[str, Tensor]:
         if self.config.supervision == "masks":
-            return mask_losses(self.siamese, batch)[0]
+            return mask_losses(self.network, batch)
         return weak_losses(
-            self.siamese,
+            self.network,
             self.model,
             batch,
             view2_size=self.config.data.view2,
+            view2_flip=self.config.data.view2_flip,
             weights=self.config.loss,
             pseudo=self.config.pseudo,
-            segment=segment,
-        )[0]
+            segment=segment and self.config.loss.seg > 0,
+        )
 
     def _train_step(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
         """One optimiser step. Raises NonFiniteError before any weight moves."""
@@ -302,7 +345,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         for k, part in enumerate(self._parts(batch.to(self.device))):
-            with distributed.synced(self.siamese, last=k + 1 == optim.accumulate):
+            with distributed.synced(self.network, last=k + 1 == optim.accumulate):
                 with torch.autocast(
                     self.device.type, AMP_DTYPES.get(optim.amp), enabled=optim.amp != "off"
                 ):
@@ -312,8 +355,10 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value.detach() / optim.accumulate
         self.scaler.unscale_(self.optimizer)
         norm = finite_norm(self.model.parameters(), optim.clip)
-        # fp16 overflow is the scaler's business: it skips the step and lowers its scale.
-        if not self.scaler.is_enabled() and not bool(torch.isfinite(norm + sums["total"])):
+        # A gradient that overflows in fp16 is the scaler's business: it skips the step and lowers
+        # its scale. A loss that is not finite is nobody's.
+        watched = sums["total"] if self.scaler.is_enabled() else norm + sums["total"]
+        if not bool(torch.isfinite(watched)):
             names = [self.train_set.ids[i] for i in batch.index.tolist()]
             terms = {name: float(value) for name, value in sums.items()}
             raise NonFiniteError(
@@ -360,8 +405,10 @@ class Trainer:
                 if not self._epoch(epoch, start, stop, bar):
                     self._save()
                     return TrainResult(False, self.step // steps, self.seconds)
-        if distributed.is_main():
-            metadata = {"identity": self.identity, "step": str(self.step)}
+        if self.log is not None:
+            self.log.close()
+            # One entry: safetensors writes several in no fixed order.
+            metadata = {"run": f"{self.identity} step {self.step}"}
             save_weights(
                 self.folder / "weights.safetensors", self.evaluated_model().state_dict(), metadata
             )
@@ -371,13 +418,13 @@ class Trainer:
         """Train from batch `start` to the end of the epoch; False when asked to stop before."""
         self.model.train()
         every = self.config.save_every
+        self._clock = time.monotonic()
         for batch in self.loader.epoch(epoch, start):
-            began = time.monotonic()
             losses = self._train_step(batch, epoch)
             self.step += 1
             values = distributed.all_reduce_mean(losses)
             self.means.update(values)
-            self.seconds += time.monotonic() - began
+            self._lap()
             if self.log is not None:
                 self.log.record(self.step, epoch=epoch + 1, **values)
             self._show(bar)
@@ -390,6 +437,12 @@ class Trainer:
         self._end_epoch(epoch)
         return not distributed.any_rank(stop.requested) or self.step >= self.total_steps
 
+    def _lap(self) -> None:
+        """Add what has passed since the last lap, loading and validation included."""
+        now = time.monotonic()
+        self.seconds += now - self._clock
+        self._clock = now
+
     def _show(self, bar: tqdm) -> None:
         means = self.means.mean()
         text = [f"{name} {means[name]:.3f}" for name in ("total", "cls", "seg") if name in means]
@@ -400,8 +453,6 @@ class Trainer:
         bar.update()
 
     def _end_epoch(self, epoch: int) -> None:
-        if self.log is None:
-            return
         row = {"lr": self.optimizer.param_groups[0]["lr"], **self.means.mean()}
         pin = None
         last = epoch + 1 == self.config.optim.epochs
@@ -410,6 +461,9 @@ class Trainer:
             if row["val_map"] > self.best_map:
                 self.best_map, pin = row["val_map"], "best"
         self.means.reset()
+        self._lap()
+        if self.log is None:
+            return
         self.log.epoch(epoch + 1, self.step, **row)
         self.log.time(self.step, seconds=self.seconds)
         self._save(pin=pin)

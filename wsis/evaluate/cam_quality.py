@@ -56,7 +56,7 @@ def evaluate_cams(
         iterations: its iterations.
         dilations: dilations of its 8-neighbourhoods.
         down_scale: it runs at the image size divided by this.
-        limit: only the first so many images of the list.
+        limit: only so many images, spread evenly over the list.
         device: where the passes run; by default where the network's parameters lie.
 
     Returns:
@@ -68,10 +68,10 @@ def evaluate_cams(
     Raises:
         InputError: the data set has no masks, or one is missing.
     """
-    count = images_to_score(dataset, limit)
+    indices = images_to_score(dataset, limit)
     size = len(dataset.classes) + 1
     protocol = replace(
-        protocol.on(dataset, count),
+        protocol.on(dataset, indices),
         subject="CAM seeds and pseudo masks",
         background=None,
         background_choice=f"swept 0 to 0.59, {WITH_TRUTH}",
@@ -83,7 +83,7 @@ def evaluate_cams(
     wrong = Tally(size, protocol.convention, unsure="wrong")
     ignored = Tally(size, protocol.convention, unsure="ignored")
     coverage = Coverage()
-    for index in tqdm(range(count), desc="CAM seeds", unit="image"):
+    for index in tqdm(indices, desc="CAM seeds", unit="image"):
         image, label, truth = dataset.image(index), dataset.labels[index], dataset.mask(index)
         name = dataset.ids[index]
         seeds = make_seeds(model, image, label, **protocol.passes(), device=device)

@@ -27,6 +27,8 @@ class Protocol:
         gate: whether classes are multiplied by their image-level probability.
         base_long: long side before scaling, or None.
         convention: name of the mean IoU convention.
+        background_power: power of the decoder's own background probability, where that is used
+            instead of a constant.
         background_choice: how the background score was chosen; where empty, `describe` says who
             chose 0.17 and that any other value was set by the user.
         fuse: how passes become one map.
@@ -47,6 +49,7 @@ class Protocol:
     gate: bool = True
     base_long: int | None = None
     convention: str = "voc"
+    background_power: float | None = None
     background_choice: str = ""
     fuse: str = "mean"
     crf: str = "none"
@@ -59,14 +62,14 @@ class Protocol:
     list_hash: str = ""
     ground_truth: str = ""
 
-    def on(self, dataset: Dataset, images: int) -> Protocol:
-        """The same protocol on the first `images` images of a data set."""
+    def on(self, dataset: Dataset, indices: Sequence[int]) -> Protocol:
+        """The same protocol on some images of a data set."""
         return replace(
             self,
             dataset=dataset.name,
             split=dataset.split,
-            images=images,
-            list_hash=list_hash(dataset.ids[:images]),
+            images=len(indices),
+            list_hash=list_hash([dataset.ids[index] for index in indices]),
             ground_truth=dataset.mask_source,
         )
 
@@ -105,11 +108,18 @@ class Protocol:
         """The arguments of `wsis.offline.predict.predict`; InputError without a background."""
         if self.background is None:
             raise InputError("the protocol must say a constant background score, got none")
-        return {**self.passes(), "background": self.background, "gate": self.gate}
+        return {
+            **self.passes(),
+            "background": self.background,
+            "background_power": self.background_power,
+            "gate": self.gate,
+        }
 
     def _background(self) -> str:
         if self.background is None:
             return self.background_choice
+        if self.background_power is not None:
+            return f"the decoder's own, to the power {self.background_power:g}"
         official = self.background == 0.17
         choice = self.background_choice or (_OFFICIAL if official else "set by the user")
         return f"{self.background:g} ({choice})"

@@ -122,7 +122,7 @@ def make_panels(
             pictures.append(("refined CAM", overlay_heat(image, seeds.refined.numpy())))
         pictures.append(("pseudo mask", overlay_mask(image, pseudo, colours)))
         pictures.append(("prediction", overlay_mask(image, mask, colours)))
-        if dataset.has_masks:
+        if dataset.has_mask(index):
             truth = dataset.mask(index)
             pictures.append(("ground truth", overlay_mask(image, truth, colours)))
             tally = Tally(len(dataset.classes) + 1)

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from PIL import Image
 from tqdm import tqdm
 
 from wsis.config import TrainConfig
 from wsis.data.dataset import Dataset, open_dataset, read_image
 from wsis.engine.build import build_model, open_split
-from wsis.engine.checkpoint import CheckpointStore, load_weights
-from wsis.engine.logs import versions, write_json_atomic
+from wsis.engine.checkpoint import CheckpointStore
+from wsis.engine.logs import write_json_atomic
 from wsis.engine.trainer import pick_device
 from wsis.errors import InputError
 from wsis.evaluate.cam_quality import evaluate_cams
@@ -35,8 +36,8 @@ from wsis.evaluate.segmentation import (
     format_table,
 )
 from wsis.models.rtc import RTC
-from wsis.models.weights import load_state
-from wsis.offline.masks import write_mask
+from wsis.models.weights import load_state, read_state
+from wsis.offline.masks import write_mask, write_picture
 from wsis.offline.predict import predict
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -69,23 +70,38 @@ def load_model(config: TrainConfig, folder: Path, classes: int, weights: str = "
         path = folder / "weights.safetensors" if weights == "last" else Path(weights)
         if weights == "last" and not path.exists():
             raise InputError(f"{folder} holds no finished training; go on with --resume auto")
-        state, _ = load_weights(path)
+        state = read_state(path)
     # The backbone's own pretrained weights would be overwritten at once: do not look for them.
     config.model.weights = "none"
-    model = build_model(config.model, classes)
+    model = build_model(config.model, classes, supervision=config.supervision)
     load_state(model, state, str(path))
     return model.to(pick_device(config.device), memory_format=torch.channels_last).eval()
 
 
-def evaluate_run(config: TrainConfig, folder: Path, *, weights: str = "last") -> str:
+def evaluate_run(
+    config: TrainConfig,
+    folder: Path,
+    *,
+    weights: str = "last",
+    out: Path | None = None,
+    background_choice: str = "",
+) -> str:
     """Score a trained run on its val split, its CAMs on its training split; write all of it down.
 
-    Writes `metrics.json`, `report.html` and `masks/` (palette PNGs) into the folder. Where a
-    split has no masks, its numbers are left out.
+    Writes `metrics.json`, `report.html` and `masks/` (palette PNGs). Numbers that need ground truth
+    are left out where there is none.
+
+    Args:
+        config: the run, with the split and the inference to use.
+        folder: the run's folder.
+        weights: `last`, `best` or a weights file.
+        out: where to write; the run's folder by default.
+        background_choice: who chose the background score, where it was not the run.
 
     Returns:
         The table and where the report lies, as text for a terminal.
     """
+    out = folder if out is None else out
     if config.threads:
         torch.set_num_threads(config.threads)
     val_set = open_split(config.data, config.data.val_split)
@@ -93,25 +109,27 @@ def evaluate_run(config: TrainConfig, folder: Path, *, weights: str = "last") ->
     model = load_model(config, folder, len(val_set.classes), weights)
     protocol = Protocol(
         **asdict(config.predict),
-        background_choice=_choice(config),
+        background_choice=background_choice or _choice(config),
         checkpoint={"best": "best on val labels"}.get(weights, weights),
     )
-    if not val_set.has_masks:
-        return f"{val_set.root} has no masks for '{val_set.split}': nothing to score"
     rule = {k: v for k, v in asdict(config.pseudo).items() if k != "start"}
-    result = evaluate_segmentation(model, val_set, protocol=protocol, out=folder / "masks")
+    result = evaluate_segmentation(model, val_set, protocol=protocol, out=out / "masks")
     quality = None
-    if config.quality_images and train_set.has_masks:
+    known = any(map(train_set.has_mask, range(len(train_set))))
+    if config.supervision == "labels" and config.quality_images and known:
         limit = None if config.quality_images < 0 else config.quality_images
         quality = evaluate_cams(model, train_set, protocol=protocol, limit=limit, **rule)
-    write_json_atomic(folder / "metrics.json", result | {"cams": quality})
-    _report(config, folder, model, val_set, protocol, rule, result, quality)
+    write_json_atomic(out / "metrics.json", result | {"cams": quality})
+    _report(config, folder, out, model, val_set, protocol, rule, result, quality)
+    table = [format_table(val_set.classes, result["scores"])]
+    if not result["images"]:
+        table = [f"no ground truth for '{val_set.split}': masks were predicted, not scored"]
     return "\n".join(
         [
-            format_table(val_set.classes, result["scores"]),
+            *table,
             *(f"{name}: {value}" for name, value in _summary(result, quality).items()),
             f"protocol: {result['protocol']['line']}",
-            f"report: {folder / 'report.html'}",
+            f"report: {out / 'report.html'}",
         ]
     )
 
@@ -141,10 +159,10 @@ def predict_files(
     """Masks of one image or of a folder of images; returns how many were written.
 
     Each mask is a palette PNG `<stem>.png` of the image's size that holds the data set's file
-    ids; with `overlay` also `<stem>.overlay.jpg`.
+    ids; with `overlay` also `<stem>.overlay.jpg`. The training data is not needed.
 
     Raises:
-        InputError: no image there, or one that cannot be read.
+        InputError: no image there, one that cannot be read, or a mask that would overwrite one.
     """
     if source.is_dir():
         files = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
@@ -152,21 +170,41 @@ def predict_files(
         files = [source]
     if not files or not files[0].exists():
         raise InputError(f"{source}: expected an image or a folder of images, found none")
-    val_set = open_split(config.data, config.data.val_split)
-    model = load_model(config, folder, len(val_set.classes), weights)
+    masks = _targets(files, out)
+    mask_ids = read_about(folder)["val"]["mask_ids"]
+    model = load_model(config, folder, len(mask_ids), weights)
     protocol = Protocol(**asdict(config.predict))
-    colours = class_colours(val_set.mask_ids)
-    out.mkdir(parents=True, exist_ok=True)
-    for file in tqdm(files, desc="predict", unit="image"):
+    colours = class_colours(mask_ids)
+    for file, target in tqdm(zip(files, masks, strict=True), total=len(files), desc="predict"):
         image = read_image(file)
         mask = predict(model, image, **protocol.prediction()).mask.numpy()
-        write_mask(out / f"{file.stem}.png", mask, val_set.mask_ids)
+        write_mask(target, mask, mask_ids)
         if overlay:
             picture = Image.fromarray(overlay_mask(image, mask, colours))
-            temporary = out / f".{file.stem}.overlay.tmp"
-            picture.save(temporary, format="JPEG", quality=90)
-            temporary.replace(out / f"{file.stem}.overlay.jpg")
+            write_picture(target.with_suffix(".overlay.jpg"), picture)
     return len(files)
+
+
+def _targets(files: list[Path], out: Path) -> list[Path]:
+    """Where the masks go; InputError where one would overwrite a photograph or another mask."""
+    targets: dict[Path, Path] = {}
+    inputs = {file.resolve() for file in files}
+    for file in files:
+        target = (out / f"{file.stem}.png").resolve()
+        if target in inputs:
+            raise InputError(f"{target} is one of the images; choose another --out")
+        if target in targets:
+            raise InputError(f"{targets[target]} and {file} would both become {target.name}")
+        targets[target] = file
+    return list(targets)
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What training wrote about its run: versions, classes, fingerprints."""
+    path = folder / "about.json"
+    if not path.is_file():
+        raise InputError(f"{folder} is not a run folder: it has no {path.name}")
+    return json.loads(path.read_text())
 
 
 def _choice(config: TrainConfig) -> str:
@@ -199,6 +237,7 @@ def _summary(result: dict[str, Any], quality: dict[str, Any] | None) -> dict[str
 def _report(
     config: TrainConfig,
     folder: Path,
+    out: Path,
     model: RTC,
     dataset: Dataset,
     protocol: Protocol,
@@ -215,18 +254,18 @@ def _report(
     if (metrics := folder / "metrics.csv").exists():
         with open(metrics, newline="", encoding="utf-8") as file:
             history = list(csv.DictReader(file))
-    about = json.loads((folder / "about.json").read_text()) if _has_about(folder) else {}
+    about = read_about(folder)
     write_report(
-        folder / "report.html",
+        out / "report.html",
         title=folder.name,
         summary=_summary(result, quality),
         protocol=result["protocol"],
         scores=result["scores"],
         classes=dataset.classes,
         history=history,
-        config_text=(folder / "config.yaml").read_text(),
-        versions=about.get("versions", versions())
-        | {f"{k} images": _fingerprint(about[k]) for k in ("train", "val") if k in about},
+        config_text=yaml.safe_dump(json.loads(json.dumps(config.as_dict())), sort_keys=False),
+        versions=about["versions"]
+        | {f"{split} images": _fingerprint(about[split]) for split in ("train", "val")},
         panels=panels(sample_indices(len(dataset), count)),
         best=panels(best),
         worst=panels(worst),
@@ -234,10 +273,6 @@ def _report(
         curve=result["curve"],
         quality=quality,
     )
-
-
-def _has_about(folder: Path) -> bool:
-    return (folder / "about.json").exists()
 
 
 def _fingerprint(about: dict[str, Any]) -> str:

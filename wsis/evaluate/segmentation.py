@@ -38,7 +38,10 @@ def evaluate_segmentation(
     limit: int | None = None,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
-    """Predict every image of a data set without its label and score the masks.
+    """Predict the images of a data set without their labels and score the masks.
+
+    Images without ground truth are left out; where none has any, all are predicted, and the scores
+    of masks are None.
 
     Args:
         model: the network, see `wsis.offline.predict.predict`.
@@ -46,7 +49,7 @@ def evaluate_segmentation(
         protocol: scales, flip, background, gate, base_long and convention to use, and what else is
             to be said of the numbers; the data set's part is filled in here.
         out: folder for the predicted masks as palette PNGs ``<id>.png``; None writes none.
-        limit: score only the first so many images.
+        limit: only so many images, spread evenly over the list.
         device: where the passes run; by default where the network's parameters lie.
 
     Returns:
@@ -57,25 +60,28 @@ def evaluate_segmentation(
     Raises:
         InputError: a mask is missing, or has another size than its image.
     """
-    count, size = images_to_score(dataset, limit), len(dataset.classes) + 1
-    protocol = protocol.on(dataset, count)
+    scored = any(map(dataset.has_mask, range(len(dataset))))
+    indices = images_to_score(dataset, limit) if scored else list(range(len(dataset)))
+    size = len(dataset.classes) + 1
+    protocol = protocol.on(dataset, indices)
     tally = Tally(size, protocol.convention)
     curve = Curve(size)
     classification = ClassificationTally(dataset.classes)
     images = []
-    for index in tqdm(range(count), desc="predict", unit="image"):
-        truth, name = dataset.mask(index), dataset.ids[index]
-        image = dataset.image(index)
+    for index in tqdm(indices, desc="predict", unit="image"):
+        image, name = dataset.image(index), dataset.ids[index]
         prediction = predict(model, image, **protocol.prediction(), device=device)
         mask = prediction.mask.numpy()
-        images.append(_image_row(name, tally.add(mask, truth, name)))
-        curve.add(prediction.scores.numpy(), truth)
+        if scored:
+            truth = dataset.mask(index)
+            images.append(_image_row(index, name, tally.add(mask, truth, name)))
+            curve.add(prediction.scores.numpy(), truth)
         classification.add(prediction.class_probs, dataset.labels[index])
         if out is not None:
             write_mask(Path(out) / f"{name}.png", mask, dataset.mask_ids)
     return {
         **_result(protocol, tally, images),
-        "curve": curve.as_dict(protocol.convention),
+        "curve": curve.as_dict(protocol.convention) if scored else None,
         "classification": classification.scores(),
     }
 
@@ -96,7 +102,7 @@ def evaluate_folder(
         dataset: the ground truth.
         convention: name of the mean IoU convention.
         unsure: what a stored 255 means: `wrong` or `ignored`; None leaves it to the convention.
-        limit: score only the first so many images.
+        limit: score only so many images, spread evenly over the list.
 
     Returns:
         As `evaluate_segmentation`, without curve and classification; ``coverage`` is the share
@@ -106,34 +112,37 @@ def evaluate_folder(
         InputError: a mask is missing or damaged, has another size than the ground truth, or holds
             an id that the convention does not accept.
     """
-    count, folder = images_to_score(dataset, limit), Path(masks)
+    folder = Path(masks)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected <id>.png of every image in it")
     subject = "stored masks" if unsure is None else f"stored masks, 255 {unsure}"
     protocol = Protocol(scales=(), background=None, convention=convention, subject=subject)
     tally = Tally(len(dataset.classes) + 1, convention, unsure=unsure)
     coverage = Coverage()
-    images = []
-    for index in tqdm(range(count), desc="score", unit="image"):
+    images, indices = [], images_to_score(dataset, limit)
+    for index in tqdm(indices, desc="score", unit="image"):
         truth, name = dataset.mask(index), dataset.ids[index]
         path = folder / f"{name}.png"
         mask = read_mask(path, dataset.mask_ids)
-        images.append(_image_row(name, tally.add(mask, truth, str(path))))
+        images.append(_image_row(index, name, tally.add(mask, truth, str(path))))
         coverage.add(mask, truth)
-    result = _result(protocol.on(dataset, count), tally, images)
+    result = _result(protocol.on(dataset, indices), tally, images)
     return {**result, "coverage": coverage.percent()}
 
 
-def images_to_score(dataset: Dataset, limit: int | None) -> int:
-    """How many images a score is over: all, or the first `limit`; the data set must have masks."""
-    if not dataset.has_masks:
+def images_to_score(dataset: Dataset, limit: int | None) -> list[int]:
+    """Which images a score is over: those with ground truth, or `limit` of them, evenly spread."""
+    indices = [index for index in range(len(dataset)) if dataset.has_mask(index)]
+    if not indices:
         raise InputError(
             f"data set '{dataset.name}' at {dataset.root or '(built in)'} has no masks to score "
             "against; predict masks without scoring them, or give the data set a mask folder"
         )
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}")
-    return len(dataset) if limit is None else min(limit, len(dataset))
+    if limit is None or limit >= len(indices):
+        return indices
+    return [indices[k] for k in np.linspace(0, len(indices) - 1, num=limit).astype(int)]
 
 
 class Curve:
@@ -192,7 +201,7 @@ class Coverage:
 
 
 def best_and_worst(images: Sequence[Mapping[str, Any]], count: int) -> tuple[list[int], list[int]]:
-    """Indices of the images with the highest and the lowest own mean IoU, best and worst first.
+    """Positions in the data set of the images with the best and the worst own mean IoU, in order.
 
     Args:
         images: the rows ``images`` of a result.
@@ -201,7 +210,8 @@ def best_and_worst(images: Sequence[Mapping[str, Any]], count: int) -> tuple[lis
     scored = [index for index, row in enumerate(images) if row["miou"] is not None]
     ranked = sorted(scored, key=lambda index: (-images[index]["miou"], index))
     count = min(count, len(ranked) // 2)
-    return ranked[:count], ranked[len(ranked) - count :][::-1]
+    best, worst = ranked[:count], ranked[len(ranked) - count :][::-1]
+    return [images[k]["index"] for k in best], [images[k]["index"] for k in worst]
 
 
 def format_table(classes: Sequence[str], result_scores: Mapping[str, Any]) -> str:
@@ -229,9 +239,9 @@ def _number(value: float | None) -> str:
     return "     -" if value is None else f"{value:6.2f}"
 
 
-def _image_row(name: str, counts: np.ndarray) -> dict[str, Any]:
+def _image_row(index: int, name: str, counts: np.ndarray) -> dict[str, Any]:
     """Mean IoU of one image over the classes in its truth or prediction."""
-    return {"id": name, "miou": scores(counts).miou}
+    return {"index": index, "id": name, "miou": scores(counts).miou}
 
 
 def _result(protocol: Protocol, tally: Tally, images: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from wsis.data.dataset import Dataset
 from wsis.errors import InputError
 from wsis.evaluate.report import class_colours, overlay_mask, sample_indices
+from wsis.offline.masks import write_picture
 
 
 def write_contact_sheet(
@@ -37,14 +38,11 @@ def write_contact_sheet(
     for place, index in enumerate(indices):
         image = dataset.image(index)
         pictures = [np.array(image)]
-        if dataset.has_masks:
+        if dataset.has_mask(index):
             pictures.append(overlay_mask(image, dataset.mask(index), colours))
         for row, picture in enumerate(pictures):
             fitted = ImageOps.contain(Image.fromarray(picture), (tile - 4, tile - 4))
             x = (place % columns) * tile + (tile - fitted.width) // 2
             y = ((place // columns) * rows + row) * tile + (tile - fitted.height) // 2
             sheet.paste(fitted, (x, y))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    sheet.save(temporary, format="PNG")
-    temporary.replace(path)
+    write_picture(path, sheet)

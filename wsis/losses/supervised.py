@@ -18,20 +18,16 @@ if TYPE_CHECKING:
     from wsis.types import Maps
 
 
-def supervised_losses(
-    maps: Maps, label: Tensor, masks: Tensor, *, cls: float = 1.0, seg: float = 1.0
-) -> dict[str, Tensor]:
+def supervised_losses(maps: Maps, label: Tensor, masks: Tensor) -> dict[str, Tensor]:
     """Multi-label soft margin on the class logits, cross-entropy on the decoder's logits.
 
     Args:
         maps: output of the network, with decoder logits.
         label: ``[B, K]``, multi-hot.
         masks: ``[B, H, W] int64``, 0..K and 255; the cross-entropy is the mean over other pixels.
-        cls: weight of the classification loss in the total.
-        seg: weight of the segmentation loss in the total.
 
     Returns:
-        Scalars ``cls``, ``seg`` (unweighted) and ``total``.
+        Scalars ``cls``, ``seg`` and their sum ``total``.
     """
     with torch.autocast(label.device.type, enabled=False):
         logits = resize(as_float(maps.logits), masks.shape[-2:])
@@ -40,4 +36,4 @@ def supervised_losses(
             "cls": multilabel_soft_margin(as_float(maps.class_logits), label),
             "seg": pixels / (masks != IGNORE).sum().clamp(min=1),
         }
-        return terms | {"total": cls * terms["cls"] + seg * terms["seg"]}
+        return terms | {"total": terms["cls"] + terms["seg"]}

@@ -76,12 +76,14 @@ class RTC(nn.Module):
             norm.requires_grad_(False)
         self.train()
 
-    def forward(self, image: Tensor, *, decode: bool = True) -> Maps:
+    def forward(self, image: Tensor, *, decode: bool = True, refine: bool = True) -> Maps:
         """Maps of one view; half-precision results are returned as float32.
 
         Args:
             image: ``[B, 3, H, W]``, normalised with the backbone's mean and std.
             decode: also run the decoder (only the first view needs it).
+            refine: also run cross-representation refinement, where the model has it: its affinity
+                is quadratic in the positions, and prediction does not need it.
 
         Raises:
             InputError: the image has another shape.
@@ -94,7 +96,7 @@ class RTC(nn.Module):
             cams=cams,
             class_logits=mean_of_resized(cams, image.shape[-2:]),
             features=projected,
-            refined=self.crr(cams, image, features) if self.crr is not None else None,
+            refined=self.crr(cams, image, features) if refine and self.crr is not None else None,
             logits=_at_least_float32(self.decoder(features)) if decode else None,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from wsis.errors import InputError
 from wsis.models.mxnet import read_params
+
+# weights_only=True had holes that run code before this release (CVE-2025-32434, CVE-2026-24747).
+_SAFE_TORCH = (2, 10)
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -28,11 +31,14 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         raise InputError(f"weights {path}: no such file; give the path of an existing weight file")
     try:
         content = _read_content(path)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except InputError:
+        raise
+    # Bad bytes make the unpickler fail in every way (KeyError, struct.error, AttributeError, ...).
+    except Exception as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"weights {path}: expected a .safetensors file, a torch file of plain tensors or "
-            f"MXNet's .params, got one that cannot be read ({first_line})"
+            f"weights {path}: expected a .safetensors file, a torch file of plain tensors (no "
+            f"TorchScript, no code) or MXNet's .params, got one that cannot be read ({first_line})"
         ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -54,15 +60,21 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 def _read_content(path: Path) -> object:
     if path.suffix == ".params":
         return read_params(path)
-    if path.suffix != ".safetensors":
-        return torch.load(path, map_location="cpu", weights_only=True)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
 
-    try:
         return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _SAFE_TORCH:
+        raise InputError(
+            f"weights {path}: reading a torch file safely needs torch >= 2.10, got "
+            f"{torch.__version__}; upgrade torch, or bring a .safetensors file"
+        )
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            # torch stores its files; packed ones may unpack to any size.
+            if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
+                raise ValueError("it is packed, which torch's files are not")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: object) -> None:

@@ -69,6 +69,17 @@ def write_mask(path: str | Path, mask: np.ndarray, mask_ids: Sequence[int]) -> N
     _write_atomic(Path(path), encoded.getvalue())
 
 
+def write_picture(path: str | Path, picture: Image.Image) -> None:
+    """Write an RGB picture as PNG or JPEG (by the file's suffix), whole or not at all.
+
+    Raises:
+        InputError: the disk refuses.
+    """
+    path, encoded = Path(path), io.BytesIO()
+    picture.save(encoded, format="PNG" if path.suffix == ".png" else "JPEG", quality=90)
+    _write_atomic(path, encoded.getvalue())
+
+
 def read_mask(path: str | Path, mask_ids: Sequence[int]) -> np.ndarray:
     """Read a mask PNG (palette or 8-bit grey) that this or another project wrote.
 

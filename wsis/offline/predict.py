@@ -54,6 +54,7 @@ def predict(
     scales: Sequence[float] = SCALES,
     flip: bool = True,
     background: float = BACKGROUND_SCORE,
+    background_power: float | None = None,
     gate: bool = True,
     base_long: int | None = None,
     device: torch.device | str | None = None,
@@ -69,6 +70,8 @@ def predict(
         scales: sizes of the passes, relative to the image (or to `base_long`), each > 0.
         flip: also show the mirror image at every scale.
         background: constant background score in [0, 1].
+        background_power: where given, the decoder's mean background probability to this power
+            takes the constant's place (visinf/1-stage-wseg: 3).
         gate: multiply every class by its image-level probability.
         base_long: long side, in pixels, to which the image is first resized, for networks trained
             at small crops; None keeps its size. The answer lies at the original size either way.
@@ -84,7 +87,7 @@ def predict(
         model, image, scales=scales, flip=flip, base_long=base_long, device=device, decode=True
     )
     with torch.inference_mode():
-        scores, class_probs = merge_passes(
+        scores, class_probs, own_background = merge_passes(
             [logits for p in passes if (logits := p.maps.logits) is not None],
             [p.maps.class_logits for p in passes],
             pass_sizes=[p.size for p in passes],
@@ -98,15 +101,18 @@ def predict(
                 "the network's scores are not finite: expected a trained network, got one whose "
                 "weights or activations overflow; take an earlier checkpoint"
             )
-        return Prediction(scores, predict_masks(scores, background), class_probs.cpu())
+        level: float | Tensor = background
+        if background_power is not None:
+            level = own_background.cpu() ** background_power
+        return Prediction(scores, predict_masks(scores, level), class_probs.cpu())
 
 
-def predict_masks(scores: Tensor, background: float) -> Tensor:
-    """Argmax of a constant background and the foreground scores; ties go to background.
+def predict_masks(scores: Tensor, background: float | Tensor) -> Tensor:
+    """Argmax of the background and the foreground scores; ties go to background.
 
     Args:
         scores: ``[..., K, H, W]`` foreground scores.
-        background: the background's score at every pixel.
+        background: the background's score, one for every pixel or ``[..., H, W]``.
 
     Returns:
         ``[..., H, W] uint8`` class ids 0..K.
@@ -123,7 +129,7 @@ def merge_passes(
     flips: Sequence[bool],
     size: tuple[int, int],
     gate: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Fuse the decoder outputs of all passes into scores at the image's size.
 
     ``mean over passes of unflip(resize(softmax(M up)_{1:} * sigmoid(o)))``, M enlarged to the pass
@@ -138,19 +144,21 @@ def merge_passes(
         gate: multiply by ``sigmoid(o)``.
 
     Returns:
-        ``[K, H, W] float32`` scores in [0, 1] and ``[K] float32`` mean class probabilities.
+        ``[K, H, W] float32`` scores in [0, 1], ``[K] float32`` mean class probabilities, and
+        ``[H, W] float32`` mean background probability of the decoder.
     """
     device, classes = logits[0].device, len(class_logits[0])
-    scores = torch.zeros(classes, *size, device=device)
+    scores = torch.zeros(classes + 1, *size, device=device)
     class_probs = torch.zeros(classes, device=device)
     for m, o, pass_size, flipped in zip(logits, class_logits, pass_sizes, flips, strict=True):
-        probs = enlarge(m, pass_size).softmax(dim=0)[1:]
+        probs = enlarge(m, pass_size).softmax(dim=0)
         present = o.float().sigmoid()
         if gate:
-            probs = probs * present[:, None, None]
+            probs[1:] *= present[:, None, None]
         scores += to_image(probs, size, flipped)
         class_probs += present
-    return scores / len(logits), class_probs / len(logits)
+    scores /= len(logits)
+    return scores[1:], class_probs / len(logits), scores[0]
 
 
 def run_passes(
@@ -173,7 +181,7 @@ def run_passes(
         flip: also the mirror image, in the same forward.
         base_long: long side before scaling, or None.
         device: where the passes run, or None for the network's own device.
-        decode: also run the decoder.
+        decode: run the decoder (a prediction); False runs refinement instead (seeds).
 
     Returns:
         ``len(scales) * (1 + flip)`` passes; a mirrored pass follows its plain one.
@@ -197,7 +205,11 @@ def run_passes(
             resized = image.resize((width, height), _BICUBIC)
             view = normalize(resized, model.backbone.mean, model.backbone.std).to(device)
             views = torch.stack([view, view.flip(-1)]) if flip else view[None]
-            maps = model(views.contiguous(memory_format=torch.channels_last), decode=decode)
+            maps = model(
+                views.contiguous(memory_format=torch.channels_last),
+                decode=decode,
+                refine=not decode,
+            )
             for index in range(len(views)):
                 passes.append(Pass(_one(maps, index), (height, width), flipped=index == 1))
     return passes

@@ -99,7 +99,7 @@ def build(
                 f"output_stride of timm:{model}: expected {reductions[0]}, got {output_stride}"
             )
         depth = 1 + int(modules[-1].rpartition(".")[2])
-        choices: list[dict[str, Any]] = [{"dynamic_img_size": True}, {}]
+        choices: list[dict[str, Any]] = [{"dynamic_img_size": True, "dynamic_img_pad": True}, {}]
         taken = [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
     else:
         choices = [{"output_stride": output_stride or 16}]

@@ -37,20 +37,24 @@ def confusion() -> str:
 
 def headline() -> str:
     result = read("train_headline")
-    weak, twin = result["runs"]["weak"], result["runs"]["twin"]
+    weak, twin = result["runs"]["weak"], result["runs"].get("twin")
     lines = [
         "| supervision | mIoU, val | classification mAP | CAM seed, train | refined seed, train "
         "| pseudo masks, train | training, minutes |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, run in (("image labels", weak), ("masks (the twin)", twin)):
+        if run is None:
+            continue
         cells = [run["miou"], run["map"], run["cam_seed"], run["seed"], run["pseudo_ignored"]]
         if name.startswith("masks"):
             cells[2:] = [None, None, None]
         row = " | ".join(map(number, [*cells, run["train_minutes"]]))
         lines.append(f"| {name} | {row} |")
-    share = 100 * weak["miou"] / twin["miou"]
-    note = f"Image labels alone reach {share:.1f} % of the twin. {source(result)}."
+    note = f"{source(result)}."
+    if twin is not None:
+        share = 100 * weak["miou"] / twin["miou"]
+        note = f"Image labels alone reach {share:.1f} % of the twin. {note}"
     return "\n".join([*lines, "", note, "", f"Protocol: {weak['protocol']}."])
 
 

@@ -43,7 +43,13 @@ def plan(name: str, seeds: list[int], budget: list[str]) -> dict[str, list[str]]
 
 def train(folder: Path, recipe: str, root: str, flags: list[str]) -> dict:
     """Train one run unless it is finished; its figures."""
+    asked = {"recipe": recipe, "flags": flags}
+    note = folder / "benchmark.json"
+    if note.exists() and json.loads(note.read_text()) != asked:
+        raise SystemExit(f"{folder} was trained with other flags; remove it or choose other --runs")
     if not (folder / "metrics.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(asked))
         command = [
             sys.executable, "-m", "wsis", "train", "--recipe", recipe, "--out", str(folder),
             "--resume", "auto", "--data.root", root, *flags,
@@ -53,7 +59,7 @@ def train(folder: Path, recipe: str, root: str, flags: list[str]) -> dict:
     metrics = json.loads((folder / "metrics.json").read_text())
     times = [json.loads(line) for line in (folder / "times.jsonl").read_text().splitlines()]
     cams = metrics["cams"]
-    seed = None if cams is None else cams["refined"] or cams["cam"]
+    seed = None if cams is None else cams["refined"]
     return {
         "flags": " ".join(flags),
         "miou": metrics["scores"]["miou"],
@@ -75,6 +81,7 @@ def main() -> None:
     parser.add_argument("--root", required=True, help="VOC-layout data set")
     parser.add_argument("--recipe", default="lite0")
     parser.add_argument("--runs", default="runs/benchmark", type=Path)
+    parser.add_argument("--only", default=None, help="one run of the plan, by name")
     parser.add_argument("--seeds", default=[1, 2, 3], type=int, nargs="+")
     options, budget = parser.parse_known_args()
     runs = {
@@ -85,10 +92,18 @@ def main() -> None:
             flags,
         )
         for name, flags in plan(options.plan, options.seeds, budget).items()
+        if options.only in (None, name)
     }
     about = json.loads(next(options.runs.glob(f"{options.plan}-*/about.json")).read_text())
     result = {
-        "command": " ".join(["python benchmarks/train.py", options.plan, "--root ROOT", *budget]),
+        "command": " ".join(
+            [
+                *("python benchmarks/train.py", options.plan, "--root ROOT"),
+                *(["--recipe", options.recipe] if options.recipe != "lite0" else []),
+                *(["--only", options.only] if options.only else []),
+                *budget,
+            ]
+        ),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "recipe": options.recipe,
         "versions": about["versions"],

@@ -40,26 +40,44 @@ def demo() -> TrainConfig:
     """The built-in `scenes` with a small network from random weights: minutes on two CPU cores.
 
     Differs from the paper in all that a small network from scratch needs: 112-pixel images, a
-    64-pixel second view, trainable BatchNorm, no frozen stage, one learning rate for all layers,
-    momentum 0.9; and `confident` prototypes, top-k masked by labels, as in every small-data recipe.
+    64-pixel second view, mild augmentation, trainable BatchNorm, no frozen stage, AdamW with one
+    learning rate for all layers; classification first, then (from 60 % of the epochs) contrast,
+    compensator and decoder, since from random weights the contrast collapses features; a lighter
+    refinement; and `confident` prototypes, top-k masked by labels, as in every small-data recipe.
     """
     return TrainConfig(
-        data=DataConfig(dataset="scenes", resize_long=(100, 144), crop=112, view2=64, workers=0),
+        data=DataConfig(
+            dataset="scenes",
+            resize_long=(112, 128),
+            crop=112,
+            view2=64,
+            jitter=(0.1, 0.1, 0.1, 0.02),
+            workers=1,
+        ),
         model=ModelConfig(
             backbone="small",
             feature_dim=64,
-            dropout=0.2,
+            dropout=0.0,
             crr_dims=(32, 32, 32, 32),
             decoder_dims=(64, 64, 24, 64),
             freeze_stem=False,
             freeze_bn=False,
         ),
-        loss=RtcWeights.reconstructed(),
+        loss=replace(RtcWeights.reconstructed(), er=0.2, contrast_start=0.6),
+        pseudo=PseudoConfig(start=0.6, high=0.20, low=0.12, iterations=4, dilations=(1, 2, 4)),
         optim=OptimConfig(
-            lr=0.05, momentum=0.9, new_lr_scale=1.0, warmup=0.05, clip=5.0, epochs=12, batch_size=16
+            name="adamw",
+            lr=0.002,
+            new_lr_scale=1.0,
+            warmup=0.05,
+            clip=5.0,
+            epochs=10,
+            batch_size=16,
         ),
         predict=PredictConfig(scales=(1.0,)),
-        quality_images=100,
+        validate_every=2,
+        quality_images=50,
+        report_images=6,
     )
 
 

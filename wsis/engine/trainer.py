@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +218,7 @@ class Trainer:
         )
         self.total_steps = config.optim.epochs * self.loader.steps_per_epoch
         self.segment_from = round(config.pseudo.start * config.optim.epochs)
+        self.contrast_from = round(config.loss.contrast_start * config.optim.epochs)
 
         self.step = 0
         self.seconds = 0.0
@@ -317,18 +318,21 @@ class Trainer:
                 None if batch.mask is None else batch.mask[part],
             )
 
-    def _losses(self, batch: Batch, segment: bool) -> dict[str, Tensor]:
+    def _losses(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
         if self.config.supervision == "masks":
             return mask_losses(self.network, batch)
+        weights = self.config.loss
+        if epoch < self.contrast_from:
+            weights = replace(weights, ctr=0.0, com=0.0)
         return weak_losses(
             self.network,
             self.model,
             batch,
             view2_size=self.config.data.view2,
             view2_flip=self.config.data.view2_flip,
-            weights=self.config.loss,
+            weights=weights,
             pseudo=self.config.pseudo,
-            segment=segment and self.config.loss.seg > 0,
+            segment=epoch >= self.segment_from and weights.seg > 0,
         )
 
     def _train_step(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
@@ -349,7 +353,7 @@ class Trainer:
                 with torch.autocast(
                     self.device.type, AMP_DTYPES.get(optim.amp), enabled=optim.amp != "off"
                 ):
-                    losses = self._losses(part, epoch >= self.segment_from)
+                    losses = self._losses(part, epoch)
                 self.scaler.scale(losses["total"] / optim.accumulate).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() / optim.accumulate

@@ -52,6 +52,9 @@ class RtcWeights:
         background_prototype: ``ties`` or ``confident``, see :func:`contrast.top_positions`.
         mask_topk_by_label: only images of a class offer positions for its prototype.
         clamp_scores: raise negative scores to 0.
+        contrast_start: share of the epochs after which contrast and compensator join. 0 in the
+            release; from random weights the contrast collapses the features before the CAMs mean
+            anything, so training from scratch starts without it. Read by the training loop.
         seg_gate: only images whose pseudo mask shows all their classes.
         seg_balance: weigh classes by their rarity in the image.
     """
@@ -74,6 +77,7 @@ class RtcWeights:
     background_prototype: BackgroundPrototype = "ties"
     mask_topk_by_label: bool = False
     clamp_scores: bool = False
+    contrast_start: float = 0.0
     seg_gate: bool = True
     seg_balance: bool = True
 

@@ -93,6 +93,7 @@ WORKER = """
         Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(found))
         if rank == 1:
             os._exit(3)
+        distributed.any_rank(False)  # waits for a process that is gone
 """
 
 

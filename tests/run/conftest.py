@@ -31,6 +31,7 @@ TINY = {
         "freeze_stem": False,
         "freeze_bn": False,
     },
+    "loss": {"contrast_start": 0.0},
     "pseudo": {"start": 0.3, "iterations": 2, "dilations": [1, 2]},
     "optim": {"lr": 0.01, "momentum": 0.9, "epochs": 3, "batch_size": 4, "ema": 0.5},
     "predict": {"scales": [1.0], "background": 0.17},

@@ -64,6 +64,14 @@ def test_a_run_leaves_all_it_promises(trained, tree):
     assert "seg" not in json.loads(rows[2]) and "seg" in json.loads(rows[3])
 
 
+def test_contrast_waits_for_its_epoch(trained, tmp_path):
+    arguments = ["train", "--config", str(trained / "config.yaml"), "--out", str(tmp_path / "run")]
+    flags = ["--loss.contrast_start", "0.34", "--quality_images", "0", "--report_images", "0"]
+    assert main([*arguments, *flags]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert ["com" in row for row in rows] == [False] * 3 + [True] * 6
+
+
 def test_worker_count_does_not_change_the_result(trained, tmp_path):
     config = trained / "config.yaml"
     assert (

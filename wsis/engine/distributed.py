@@ -69,6 +69,8 @@ def session(device: str = "auto", *, timeout: float = 600.0) -> Iterator[torch.d
         torch.cuda.set_device(local)
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     yield default_device() if kind == "cuda" else torch.device(kind)
+    # Together: gloo aborts a process whose peer has closed its sockets before it.
+    dist.barrier()
     dist.destroy_process_group()
 
 

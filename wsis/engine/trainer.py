@@ -7,8 +7,6 @@ state, and a run that was killed at any moment ends bit-identical to an undistur
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
 import json
 import time
@@ -28,12 +26,14 @@ from wsis.data.dataset import Dataset
 from wsis.data.loader import TrainLoader
 from wsis.engine import distributed
 from wsis.engine.build import build_model, open_split
+from wsis.engine.check import check
 from wsis.engine.checkpoint import (
     CheckpointStore,
     optimizer_state,
     restore_optimizer,
     save_weights,
 )
+from wsis.engine.device import keep_freed_memory, pick_device
 from wsis.engine.interrupt import StopRequest
 from wsis.engine.logs import RunLog, versions, write_json_atomic, write_text_atomic
 from wsis.engine.meters import RunningMean
@@ -66,18 +66,6 @@ class TrainResult:
     seconds: float
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` takes the process's GPU where there is one; InputError for one that is not there."""
-    if name == "auto":
-        return distributed.default_device()
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"device '{name}' cannot be used here: {str(error).splitlines()[0]}; use --device cpu"
-        ) from error
-
-
 def identity(config: TrainConfig, dataset: Dataset) -> str:
     """Hash of everything that a checkpoint depends on; a resumed run must have the same."""
     relevant = config.as_dict()
@@ -87,62 +75,6 @@ def identity(config: TrainConfig, dataset: Dataset) -> str:
     relevant["data"].pop("root")
     relevant["fingerprint"] = dataset.fingerprint()
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed instead of returning it to the system after every tensor.
-
-    A step on the CPU frees and takes the same hundreds of megabytes; without this every large
-    tensor costs page faults, 12 % of a step of EfficientNet-Lite0. Elsewhere it does nothing.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(_M_TOP_PAD, 2**28)
-
-
-# Numbers of malloc.h.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-
-
-def check(config: TrainConfig, processes: int) -> None:
-    """Refuse a configuration that would fail later; InputError names the field and its range."""
-    optim, data = config.optim, config.data
-    least = {
-        "optim.epochs": (optim.epochs, 1),
-        "optim.batch_size": (optim.batch_size, 1),
-        "optim.accumulate": (optim.accumulate, 1),
-        "data.crop": (data.crop, 8),
-        "data.view2": (data.view2, 8),
-        "data.workers": (data.workers, 0),
-        "pseudo.down_scale": (config.pseudo.down_scale, 1),
-        "pseudo.iterations": (config.pseudo.iterations, 0),
-        "loss.top_divisor": (config.loss.top_divisor, 1),
-        "validate_every": (config.validate_every, 1),
-        "report_images": (config.report_images, 0),
-        "threads": (config.threads, 0),
-        "seed": (config.seed, 0),
-    }
-    for name, (value, low) in least.items():
-        if value < low:
-            raise InputError(f"{name} must be at least {low}, got {value}")
-    *ratios, hue = data.jitter
-    if min(*ratios, hue) < 0 or hue > 0.5:
-        raise InputError(
-            f"data.jitter must be three ratios >= 0 and a hue shift in [0, 0.5], "
-            f"got {tuple(data.jitter)}"
-        )
-    if optim.batch_size % (optim.accumulate * processes):
-        raise InputError(
-            f"optim.batch_size ({optim.batch_size}) must be a multiple of optim.accumulate "
-            f"({optim.accumulate}) times the number of processes ({processes})"
-        )
-    if config.model.weights == "none" and (config.model.freeze_bn or config.model.freeze_stem):
-        raise InputError(
-            "model.weights is 'none', but model.freeze_bn or model.freeze_stem would keep random "
-            "layers as they are; give --model.weights pretrained (or a file), or set both to false"
-        )
 
 
 class Trainer:

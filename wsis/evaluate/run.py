@@ -17,8 +17,8 @@ from wsis.config import TrainConfig
 from wsis.data.dataset import Dataset, open_dataset, read_image
 from wsis.engine.build import build_model, open_split
 from wsis.engine.checkpoint import CheckpointStore
+from wsis.engine.device import pick_device
 from wsis.engine.logs import write_json_atomic
-from wsis.engine.trainer import pick_device
 from wsis.errors import InputError
 from wsis.evaluate.cam_quality import evaluate_cams
 from wsis.evaluate.protocols import Protocol

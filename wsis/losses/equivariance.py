@@ -13,9 +13,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from wsis.ops.normalize import add_background, max_norm, one_hot_max
+from wsis.ops.resize import resize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,13 +39,6 @@ def present_classes(label: Tensor) -> tuple[Tensor, Tensor]:
 def take_channels(maps: Tensor, index: Tensor) -> Tensor:
     """``maps [B, C, h, w]`` and ``index [B, P]`` to ``[B, P, h, w]``."""
     return maps[torch.arange(len(maps), device=maps.device)[:, None], index]
-
-
-def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize with align_corners=True, as everywhere inside networks and losses."""
-    if tuple(maps.shape[-2:]) == tuple(size):
-        return maps
-    return F.interpolate(maps, size, mode="bilinear", align_corners=True)
 
 
 def on_common_grid(maps_up: Tensor, label: Tensor, size: tuple[int, int]) -> Tensor:

@@ -17,6 +17,7 @@ from wsis.losses.classification import min_pooling, multilabel_soft_margin
 from wsis.losses.contrast import BackgroundPrototype
 from wsis.losses.segmentation import segmentation_loss
 from wsis.ops.normalize import as_float, ctr_scores
+from wsis.ops.resize import resize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,7 +171,7 @@ def _map_terms(
 
     cams = []
     for view, size in zip(views, sizes, strict=True):
-        up = equivariance.resize(equivariance.take_channels(as_float(view.cams), index), size)
+        up = resize(equivariance.take_channels(as_float(view.cams), index), size)
         cams.append(equivariance.on_common_grid(up, present, grid))
     terms = {"er": equivariance.equivariance(*cams, classes)}
     if views[0].refined is None:
@@ -181,7 +182,7 @@ def _map_terms(
     weakest, refined = [], []
     for view, size in zip(views, sizes, strict=True):
         up = equivariance.take_channels(as_float(view.refined), with_background)
-        up = equivariance.resize(up, size)
+        up = resize(up, size)
         weakest.append(min_pooling(up[:, 1:], present, weights.min_pool_fraction))
         refined.append(equivariance.on_common_grid(up, present_all, grid))
     terms["min_pool"] = _mean(weakest)
@@ -208,11 +209,9 @@ def _contrast_terms(
     count = max(height * width // weights.top_divisor, 1)
     scores, labels, tops, features = [], [], [], []
     for view in views:
-        features.append(
-            contrast.batch_positions(equivariance.resize(as_float(view.features), (height, width)))
-        )
+        features.append(contrast.batch_positions(resize(as_float(view.features), (height, width))))
         with torch.no_grad():
-            refined = equivariance.resize(as_float(view.refined), (height, width))
+            refined = resize(as_float(view.refined), (height, width))
             scores.append(ctr_scores(refined, weights.ctr_background, weights.clamp_scores))
             labels.append(contrast.pixel_labels(scores[-1], label))
             tops.append(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from wsis.losses.equivariance import resize
+from wsis.ops.resize import resize
 from wsis.types import IGNORE
 
 if TYPE_CHECKING:

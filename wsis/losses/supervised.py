@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from wsis.losses.classification import multilabel_soft_margin
-from wsis.losses.equivariance import resize
 from wsis.ops.normalize import as_float
+from wsis.ops.resize import resize
 from wsis.types import IGNORE
 
 if TYPE_CHECKING:

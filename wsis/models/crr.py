@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 from wsis.models.features import Features
 from wsis.ops.normalize import one_hot_max, seed_scores
 from wsis.ops.pixel_correlation import pixel_correlation
+from wsis.ops.resize import resize
 
 
 class CrossRefinement(nn.Module):
@@ -61,10 +60,3 @@ class CrossRefinement(nn.Module):
         shallow = self.shallow(torch.cat([picture, F.relu(self.reduce4(conv4))], 1))
         deep = self.deep(torch.cat([F.relu(self.reduce5(conv5)), F.relu(self.reduce6(conv6))], 1))
         return (pixel_correlation(seed, shallow) + pixel_correlation(seed, deep)) / 2
-
-
-def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """``maps [B, C, h, w]`` on another grid, bilinear with corners aligned; itself if it fits."""
-    if maps.shape[-2:] == tuple(size):
-        return maps
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)

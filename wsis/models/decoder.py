@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wsis.models.crr import resize
 from wsis.models.features import Features
+from wsis.ops.resize import resize
 
 
 class Decoder(nn.Module):

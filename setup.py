@@ -128,7 +128,7 @@ class NinjaBuild(build_ext):
             rule = "nvcc" if source.endswith(".cu") else "cxx"
             objects.append(source.replace("/", "_") + ".o")
             lines.append(f"build {objects[-1]}: {rule} {escape(ROOT / source)}")
-            if source == "csrc/bindings.cpp":
+            if source == "csrc/bindings/module.cpp":
                 lines.append(f"  defines = {' '.join(defines)}")
         lines.append(f"build {escape(target)}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"

@@ -50,7 +50,7 @@ def _compile(source: Path, text: str, flavour: str) -> Path:
         f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}",
     ]  # fmt: skip
     # The bindings only hand pointers over; without a sanitizer they are compiled once for all.
-    flags += [] if source.name == "bindings.cpp" else FLAVOURS[flavour]
+    flags += [] if source.parent.name == "bindings" else FLAVOURS[flavour]
     headers = sorted([*ROOT.glob("csrc/**/*.h"), HERE / "cuda_emulator.h"])
     text = f'#line 1 "{source}"\n{text}'  # reports name the real file
     seen = [CXX, *flags, text, *(p.read_text() for p in headers)]
@@ -77,7 +77,7 @@ def build(flavour: str = "fibers", edits: tuple[tuple[str, str, str], ...] = ())
         edits: seeded faults (file name, old text, new text); the old text must occur once.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
-    sources = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp"),
+    sources = sorted([*ROOT.glob("csrc/bindings/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp"),
                       *ROOT.glob("csrc/cuda/*.cu")])  # fmt: skip
     texts = {source: source.read_text() for source in sources}
     for name, old, new in edits:

@@ -6,7 +6,7 @@
 
 #include <string>
 
-#include "array.h"
+#include "bindings/array.h"
 
 namespace wsis::dlpack {
 

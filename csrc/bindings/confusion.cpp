@@ -1,43 +1,23 @@
-// Every function of wsis._C with the shape of every array.
+// Guards of the confusion counting functions and the shapes of their arrays.
 //
-// Arrays come as DLPack capsules, numpy arrays or anything with __dlpack__ (array_caster.h); they
-// are contiguous and already checked by Python, and the guards here throw ValueError where a caller
-// has not. Nothing is allocated: outputs and scratch are handed over. The GIL is released. `stream`
-// is a CUDA stream as an integer. Sizes: B images, C classes, K channels, T thresholds, n pixels.
-#include <pybind11/pybind11.h>
-
-#include "array_caster.h"
+// Sizes: B images, C classes, K channels, T thresholds, n pixels.
 #include "cpu/confusion.h"
-#include "cpu/isa.h"
+
+#include "bindings/bindings.h"
 #if defined(WSIS_WITH_CUDA)
 #include "cuda/confusion.h"
-#include "cuda/runtime.h"
 #endif
-
-namespace py = pybind11;
 
 namespace wsis {
 namespace {
 
 using D = DType;
 
-#if defined(WSIS_EMULATOR)
-constexpr Device kGpu = Device::kCpu;  // tests run the CUDA sources on the host
-#else
-constexpr Device kGpu = Device::kCuda;
-#endif
-
-void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
 cpu::ClassMap class_map(const Array& array, const char* name, Device device,
                         const std::vector<int64_t>& shape) {
   expect(array, name, device, {D::kUint8, D::kInt16, D::kInt32, D::kInt64}, shape);
   return {array.pointer, array.dtype};
 }
-
-// ---- confusion ---------------------------------------------------------------------------------
 
 void check_classes(int64_t num_classes) {
   require(num_classes >= 1 && num_classes <= 46340, "num_classes must be in [1, 46340]");
@@ -138,30 +118,9 @@ void threshold_curve_cuda(const Array& scores,      // [B, K, n] float32 or floa
 }
 #endif
 
-// What was built and what this machine uses of it; strings only.
-py::dict build_info() {
-  py::dict info;
-  info["version"] = WSIS_VERSION;
-  info["compiler"] = WSIS_COMPILER;
-  info["isa_paths"] = cpu::isa_paths();    // as compiled, separated by blanks
-  info["isa_active"] = cpu::isa_active();  // the one of this machine
-#if defined(WSIS_WITH_CUDA)
-  info["cuda_archs"] = WSIS_CUDA_ARCHS;
-  info["cuda_compiler"] = WSIS_CUDA_COMPILER;
-  info["cuda_runtime"] = cuda::runtime_version();
-#else
-  info["cpu_only_because"] = WSIS_CPU_ONLY_BECAUSE;
-#endif
-  return info;
-}
-
 }  // namespace
-}  // namespace wsis
 
-PYBIND11_MODULE(_C, m) {
-  using namespace wsis;
-  using NoGil = py::call_guard<py::gil_scoped_release>;
-  m.def("build_info", &build_info);
+void bind_confusion(py::module_& m) {
   m.def("confusion_matrix_cpu", &confusion_matrix_cpu, NoGil());
   m.def("threshold_curve_cpu", &threshold_curve_cpu, NoGil());
 #if defined(WSIS_WITH_CUDA)
@@ -169,3 +128,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("threshold_curve_cuda", &threshold_curve_cuda, NoGil());
 #endif
 }
+
+}  // namespace wsis

@@ -1,0 +1,37 @@
+// The module wsis._C: one function per operator enters its functions.
+#include "bindings/bindings.h"
+#include "cpu/isa.h"
+#if defined(WSIS_WITH_CUDA)
+#include "cuda/runtime.h"
+#endif
+
+namespace wsis {
+
+void bind_confusion(py::module_& m);
+
+namespace {
+
+// What was built and what this machine uses of it; strings only.
+py::dict build_info() {
+  py::dict info;
+  info["version"] = WSIS_VERSION;
+  info["compiler"] = WSIS_COMPILER;
+  info["isa_paths"] = cpu::isa_paths();    // as compiled, separated by blanks
+  info["isa_active"] = cpu::isa_active();  // the one of this machine
+#if defined(WSIS_WITH_CUDA)
+  info["cuda_archs"] = WSIS_CUDA_ARCHS;
+  info["cuda_compiler"] = WSIS_CUDA_COMPILER;
+  info["cuda_runtime"] = cuda::runtime_version();
+#else
+  info["cpu_only_because"] = WSIS_CPU_ONLY_BECAUSE;
+#endif
+  return info;
+}
+
+}  // namespace
+}  // namespace wsis
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", &wsis::build_info);
+  wsis::bind_confusion(m);
+}

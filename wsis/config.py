@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from wsis.losses.rtc import RtcWeights
+from wsis.pseudo.rule import PseudoRule
 
 
 @dataclass
@@ -82,27 +83,15 @@ class ModelConfig:
 
 
 @dataclass
-class PseudoConfig:
-    """How the refined CAM becomes a pseudo mask during training (two thresholds).
+class PseudoConfig(PseudoRule):
+    """How the refined CAM becomes a pseudo mask during training: the rule, and from when on.
 
     Attributes:
         start: share of the epochs after which the decoder starts to learn from pseudo masks
             (7 of 25 in the paper).
-        high: background score above which a pixel must rise to become foreground.
-        low: background score under which all classes must stay for sure background.
-        refine: local-affinity operator, `varm` (paper), `par`, `pamr` or `none`.
-        iterations: refinement iterations.
-        dilations: dilations of its 8-neighbourhoods.
-        down_scale: the refinement runs at the crop size divided by this.
     """
 
     start: float = 7 / 25
-    high: float = 0.55
-    low: float = 0.20
-    refine: Literal["varm", "par", "pamr", "none"] = "varm"
-    iterations: int = 10
-    dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
-    down_scale: int = 2
 
 
 @dataclass

@@ -23,6 +23,7 @@ from wsis.evaluate.segmentation import (
 from wsis.offline.cams import make_seeds
 from wsis.offline.masks import read_mask, write_mask
 from wsis.offline.predict import predict, predict_masks
+from wsis.pseudo import PseudoRule
 
 SMALL = replace(PRESETS["small"], background=0.4)
 
@@ -128,7 +129,7 @@ def test_undecided_pixels_in_a_folder(tmp_path):
 @pytest.mark.parametrize("crr", [True, False])
 def test_cam_quality(tmp_path, crr):
     data, model = painted(tmp_path / "data"), ColourModel(crr=crr)
-    result = evaluate_cams(model, data, protocol=SMALL, refine="none")
+    result = evaluate_cams(model, data, protocol=SMALL, rule=PseudoRule(refine="none"))
     json.dumps(result, allow_nan=False)
     seeds = [make_seeds(model, data.image(i), data.labels[i], scales=(1.0,)) for i in range(2)]
     masks = [predict_masks(s.cam, float(np.float32(0.2))).numpy() for s in seeds]

@@ -9,6 +9,7 @@ from tests.offline.fakes import COLOURS, ColourModel
 from wsis.errors import InputError
 from wsis.offline.cams import make_seeds, merge_maps, pseudo_mask
 from wsis.offline.predict import predict_masks
+from wsis.pseudo import PseudoRule
 
 
 def picture(height: int, width: int) -> tuple[Image.Image, np.ndarray]:
@@ -80,7 +81,7 @@ def test_pseudo_mask_finds_the_colours(refine):
     image, truth = picture(64, 80)
     label = np.array([1, 1], np.uint8)
     seeds = make_seeds(ColourModel(), image, label)
-    mask = pseudo_mask(seeds.cam, image, label, refine=refine)
+    mask = pseudo_mask(seeds.cam, image, label, PseudoRule(refine=refine))
     assert mask.shape == truth.shape
     assert mask.dtype == np.uint8
     assert set(np.unique(mask)) <= {0, 1, 2, 255}

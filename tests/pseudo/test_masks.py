@@ -122,3 +122,35 @@ def test_bad_input_is_named(change, message):
     }
     with pytest.raises(InputError, match=message):
         make_pseudo_masks(**(arguments | change))
+
+
+def test_relative_thresholds_are_multiples_of_the_mean_score():
+    cams, image = torch.rand(2, 3, 20, 24), torch.rand(2, 3, 20, 24)
+    label = torch.tensor([[1, 0, 1], [0, 1, 0]])
+    box = torch.tensor([[0, 20, 0, 24], [3, 17, 5, 20]])
+    made = make_pseudo_masks(cams, image, label, box, high=1.2, low=0.8, relative=True)
+    for b, (y0, y1, x0, x1) in enumerate(box.tolist()):
+        unit = cams[b, label[b] > 0, y0:y1, x0:x1].amax(0).mean().item()
+        one = slice(b, b + 1)
+        fixed = make_pseudo_masks(
+            cams[one], image[one], label[one], box[one], high=1.2 * unit, low=0.8 * unit
+        )
+        assert torch.equal(made[one], fixed)
+
+
+def test_relative_thresholds_do_not_depend_on_the_peak():
+    """One hot pixel halves every other normalised score; constants lose the object, these do not."""
+    scores = torch.zeros(1, 1, 32, 32)
+    scores[..., 8:24, 8:24] = 0.9
+    peaked = scores / 4
+    peaked[..., 15, 15] = 1
+    image, label, box = torch.rand(1, 3, 32, 32), torch.ones(1, 1), torch.tensor([[0, 32, 0, 32]])
+
+    def size_of(cams: torch.Tensor, **rule: float | bool) -> int:
+        masks = make_pseudo_masks(cams, image, label, box, refine="none", **rule)
+        return int((masks == 1).sum())
+
+    constant, relative = {"high": 0.3, "low": 0.2}, {"high": 1.1, "low": 0.8, "relative": True}
+    assert size_of(peaked, **constant) < 20 < 200 < size_of(scores, **constant)
+    assert 200 < size_of(peaked, **relative) < 320
+    assert 200 < size_of(scores, **relative) < 320

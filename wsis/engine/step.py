@@ -99,12 +99,7 @@ def pseudo_masks(model: RTC, batch: Batch, maps: Maps, pseudo: PseudoConfig) -> 
         batch.image * std + mean,
         batch.label,
         batch.valid_box,
-        high=pseudo.high,
-        low=pseudo.low,
-        refine=pseudo.refine,
-        iterations=pseudo.iterations,
-        dilations=tuple(pseudo.dilations),
-        down_scale=pseudo.down_scale,
+        **pseudo.arguments(),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +18,11 @@ from wsis.evaluate.segmentation import (
     images_to_score,
 )
 from wsis.offline.cams import make_seeds, pseudo_mask
+from wsis.pseudo import PseudoRule
 
 if TYPE_CHECKING:
     from wsis.data.dataset import Dataset
     from wsis.models.rtc import RTC
-    from wsis.pseudo.masks import Refinement
 
 FIXED = (0.17, 0.2)
 """Background scores at which seeds are also scored: RTC's at test time, and its training's."""
@@ -34,12 +33,7 @@ def evaluate_cams(
     dataset: Dataset,
     *,
     protocol: Protocol = PRESETS["voc-rtc"],
-    high: float = 0.55,
-    low: float = 0.20,
-    refine: Refinement = "varm",
-    iterations: int = 10,
-    dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
-    down_scale: int = 2,
+    rule: PseudoRule | None = None,
     limit: int | None = None,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
@@ -50,12 +44,7 @@ def evaluate_cams(
         dataset: images, image-level labels (given to the method) and masks (for scoring only).
         protocol: its scales, flip, base_long, convention and checkpoint are used; background,
             gate and image labels are set to what happens here.
-        high: background score above which a pixel must rise to become foreground.
-        low: background score under which all classes must stay for sure background.
-        refine: local-affinity operator of the pseudo masks: `varm`, `par`, `pamr` or `none`.
-        iterations: its iterations.
-        dilations: dilations of its 8-neighbourhoods.
-        down_scale: it runs at the image size divided by this.
+        rule: thresholds and refinement of the pseudo masks; RTC's by default.
         limit: only so many images, spread evenly over the list.
         device: where the passes run; by default where the network's parameters lie.
 
@@ -68,6 +57,7 @@ def evaluate_cams(
     Raises:
         InputError: the data set has no masks, or one is missing.
     """
+    rule = rule or PseudoRule()
     indices = images_to_score(dataset, limit)
     size = len(dataset.classes) + 1
     protocol = replace(
@@ -90,17 +80,7 @@ def evaluate_cams(
         curves["cam"].add(seeds.cam.numpy(), truth)
         if seeds.refined is not None:
             curves["refined"].add(seeds.refined.numpy(), truth)
-        mask = pseudo_mask(
-            seeds.best,
-            image,
-            label,
-            high=high,
-            low=low,
-            refine=refine,
-            iterations=iterations,
-            dilations=tuple(dilations),
-            down_scale=down_scale,
-        )
+        mask = pseudo_mask(seeds.best, image, label, rule)
         wrong.add(mask, truth, name)
         ignored.add(mask, truth, name)
         coverage.add(mask, truth)
@@ -114,14 +94,7 @@ def evaluate_cams(
             "wrong": wrong.scores().as_dict(),
             "ignored": ignored.scores().as_dict(),
             "coverage": coverage.percent(),
-            "rule": {
-                "high": high,
-                "low": low,
-                "refine": refine,
-                "iterations": iterations,
-                "dilations": list(dilations),
-                "down_scale": down_scale,
-            },
+            "rule": rule.arguments() | {"dilations": list(rule.dilations)},
         },
     }
 

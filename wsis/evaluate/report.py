@@ -33,7 +33,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from wsis.data.dataset import Dataset
     from wsis.models.rtc import RTC
-    from wsis.pseudo.masks import Refinement
+    from wsis.pseudo import PseudoRule
 
 SIDE = 320
 """Long side of a picture in the report, pixels."""
@@ -71,12 +71,7 @@ def make_panels(
     indices: Sequence[int],
     *,
     protocol: Protocol = PRESETS["voc-rtc"],
-    high: float = 0.55,
-    low: float = 0.20,
-    refine: Refinement = "varm",
-    iterations: int = 10,
-    dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
-    down_scale: int = 2,
+    rule: PseudoRule | None = None,
     device: torch.device | str | None = None,
 ) -> list[Panel]:
     """Image, CAM, refined CAM, pseudo mask, prediction and ground truth of some images.
@@ -88,12 +83,7 @@ def make_panels(
         dataset: where the images lie.
         indices: which of them.
         protocol: its scales, flip, base_long, background and gate are used.
-        high: background score above which a pixel must rise to become foreground.
-        low: background score under which all classes must stay for sure background.
-        refine: local-affinity operator of the pseudo mask: `varm`, `par`, `pamr` or `none`.
-        iterations: its iterations.
-        dilations: dilations of its 8-neighbourhoods.
-        down_scale: it runs at the image size divided by this.
+        rule: thresholds and refinement of the pseudo masks; RTC's by default.
         device: where the passes run; by default where the network's parameters lie.
 
     Returns:
@@ -104,17 +94,7 @@ def make_panels(
     for index in tqdm(indices, desc="pictures", unit="image", disable=not indices):
         image, label = dataset.image(index), dataset.labels[index]
         seeds = make_seeds(model, image, label, **protocol.passes(), device=device)
-        pseudo = pseudo_mask(
-            seeds.best,
-            image,
-            label,
-            high=high,
-            low=low,
-            refine=refine,
-            iterations=iterations,
-            dilations=tuple(dilations),
-            down_scale=down_scale,
-        )
+        pseudo = pseudo_mask(seeds.best, image, label, rule)
         mask = predict(model, image, **protocol.prediction(), device=device).mask.numpy()
         note = ", ".join(np.array(dataset.classes)[label > 0]) or "no class"
         pictures = [("image", np.array(image)), ("CAM", overlay_heat(image, seeds.cam.numpy()))]

@@ -112,15 +112,16 @@ def evaluate_run(
         background_choice=background_choice or _choice(config),
         checkpoint={"best": "best on val labels"}.get(weights, weights),
     )
-    rule = {k: v for k, v in asdict(config.pseudo).items() if k != "start"}
     result = evaluate_segmentation(model, val_set, protocol=protocol, out=out / "masks")
     quality = None
     known = any(map(train_set.has_mask, range(len(train_set))))
     if config.supervision == "labels" and config.quality_images and known:
         limit = None if config.quality_images < 0 else config.quality_images
-        quality = evaluate_cams(model, train_set, protocol=protocol, limit=limit, **rule)
+        quality = evaluate_cams(
+            model, train_set, protocol=protocol, limit=limit, rule=config.pseudo
+        )
     write_json_atomic(out / "metrics.json", result | {"cams": quality})
-    _report(config, folder, out, model, val_set, protocol, rule, result, quality)
+    _report(config, folder, out, model, val_set, protocol, result, quality)
     table = [format_table(val_set.classes, result["scores"])]
     if not result["images"]:
         table = [f"no ground truth for '{val_set.split}': masks were predicted, not scored"]
@@ -241,12 +242,11 @@ def _report(
     model: RTC,
     dataset: Dataset,
     protocol: Protocol,
-    rule: dict[str, Any],
     result: dict[str, Any],
     quality: dict[str, Any] | None,
 ) -> None:
     def panels(indices: list[int]) -> list:
-        return make_panels(model, dataset, indices, protocol=protocol, **rule)
+        return make_panels(model, dataset, indices, protocol=protocol, rule=config.pseudo)
 
     count = config.report_images
     best, worst = best_and_worst(result["images"], max(1, count // 2) if count else 0)

@@ -18,13 +18,12 @@ from torch import Tensor
 from wsis.errors import InputError
 from wsis.offline.predict import SCALES, enlarge, run_passes
 from wsis.ops.normalize import normalize_cams
-from wsis.pseudo import make_pseudo_masks
+from wsis.pseudo import PseudoRule, make_pseudo_masks
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from wsis.models.rtc import RTC
-    from wsis.pseudo.masks import Refinement
 
 
 @dataclass(frozen=True)
@@ -134,13 +133,7 @@ def pseudo_mask(
     seed: Tensor,
     image: Image.Image,
     label: np.ndarray | Tensor,
-    *,
-    high: float = 0.55,
-    low: float = 0.20,
-    refine: Refinement = "varm",
-    iterations: int = 10,
-    dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24),
-    down_scale: int = 2,
+    rule: PseudoRule | None = None,
 ) -> np.ndarray:
     """Pseudo mask of one image by the two-threshold rule of training, at its original size.
 
@@ -148,12 +141,7 @@ def pseudo_mask(
         seed: ``[K, H, W]`` in [0, 1], zero for classes outside the label.
         image: the RGB image.
         label: ``[K]`` multi-hot.
-        high: background score above which a pixel must rise to become foreground.
-        low: background score under which all classes must stay for sure background.
-        refine: local-affinity operator: `varm`, `par`, `pamr` or `none`.
-        iterations: its iterations.
-        dilations: dilations of its 8-neighbourhoods.
-        down_scale: it runs at the image size divided by this.
+        rule: thresholds and refinement; RTC's by default.
 
     Returns:
         ``[H, W] uint8`` class ids 0..K, 255 where undecided.
@@ -164,12 +152,7 @@ def pseudo_mask(
         pixels[None].to(seed.device),
         _tensor(label).to(seed.device, torch.float32)[None],
         torch.tensor([[0, image.height, 0, image.width]], device=seed.device),
-        high=high,
-        low=low,
-        refine=refine,
-        iterations=iterations,
-        dilations=dilations,
-        down_scale=down_scale,
+        **(rule or PseudoRule()).arguments(),
     )
     return masks[0].to(torch.uint8).cpu().numpy()
 

@@ -58,6 +58,7 @@ def make_pseudo_masks(
     *,
     high: float = 0.55,
     low: float = 0.20,
+    relative: bool = False,
     refine: Refinement = "varm",
     iterations: int = ITERATIONS,
     dilations: Sequence[int] = DILATIONS,
@@ -80,6 +81,9 @@ def make_pseudo_masks(
         valid_box: ``[B, 4] int64``, the part that is not padding: y0, y1, x0, x1, half open.
         high: background score below which a class is not trusted.
         low: background score above which background is not trusted.
+        relative: `high` and `low` are multiples of the image's mean score (at each pixel the
+            largest score of its classes, averaged over the valid box), capped at 1. A maximum grows
+            peaked while a network learns, and constants that fit early make masks vanish later.
         refine: local refinement, or ``none``.
         iterations: of the refinement.
         dilations: of the refinement, pixels at reduced size.
@@ -121,8 +125,12 @@ def make_pseudo_masks(
         if present.numel() == 0:
             masks[b, y0:y1, x0:x1] = BACKGROUND
             continue
-        foreground = _resize(as_float(cams_norm[b : b + 1, present]), reduced)
-        stacks = torch.cat([_with_background(foreground, value) for value in (high, low)], dim=1)
+        scores = as_float(cams_norm[b : b + 1, present])
+        unit = scores[..., y0:y1, x0:x1].amax(dim=1).mean() if relative else 1.0
+        foreground = _resize(scores, reduced)
+        stacks = torch.cat(
+            [_with_background(foreground, min(value * unit, 1.0)) for value in (high, low)], dim=1
+        )
         if weights is not None:
             stacks = propagate(stacks, weights[b : b + 1], dilations, iterations)
         ids = torch.cat([present.new_tensor([BACKGROUND]), present + 1])
@@ -138,7 +146,7 @@ def make_pseudo_masks(
 
 def _with_background(foreground: Tensor, value: float) -> Tensor:
     """``[1, P, h, w]`` -> softmax over background constant and classes, ``[1, P + 1, h, w]``."""
-    background = torch.full_like(foreground[:, :1], value)
+    background = torch.full_like(foreground[:, :1], float(value))
     return torch.cat([background, foreground], dim=1).softmax(dim=1)
 
 

@@ -51,10 +51,6 @@ def headline() -> str:
             cells[2:] = [None, None, None]
         row = " | ".join(map(number, [*cells, run["train_minutes"]]))
         lines.append(f"| {name} | {row} |")
-    lowered = result["runs"].get("weak, background 0.05")
-    if lowered is not None:
-        row = f"{number(lowered['miou'])} | {number(lowered['map'])}"
-        lines.append(f"| image labels, background score 0.05 | {row} | | | | |")
     note = f"{source(result)}."
     if twin is not None:
         share = 100 * weak["miou"] / twin["miou"]

@@ -51,9 +51,10 @@ inline DType dtype_of(uint8_t code, int bits) {
 }
 
 inline bool is_contiguous(const std::vector<int64_t>& shape, const int64_t* strides, int64_t unit) {
+  for (int64_t extent : shape)
+    if (extent == 0) return true;
   int64_t expected = unit;
   for (size_t i = shape.size(); i-- > 0; expected *= shape[i]) {
-    if (shape[i] == 0) return true;
     if (shape[i] != 1 && strides[i] != expected) return false;
   }
   return true;

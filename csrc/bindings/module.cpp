@@ -8,6 +8,9 @@
 namespace wsis {
 
 void bind_confusion(py::module_& m);
+void bind_normalize(py::module_& m);
+void bind_local_affinity(py::module_& m);
+void bind_pseudo_masks(py::module_& m);
 
 namespace {
 
@@ -34,4 +37,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &wsis::build_info);
   wsis::bind_confusion(m);
+  wsis::bind_normalize(m);
+  wsis::bind_local_affinity(m);
+  wsis::bind_pseudo_masks(m);
 }

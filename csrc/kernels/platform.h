@@ -5,6 +5,10 @@
 
 #if defined(__CUDACC__)
 #define WSIS_HD __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+// Always inlined: a function left on its own would be compiled for the baseline instruction set, and
+// would take vectors in other registers than its caller (cpu/simd.h).
+#define WSIS_HD inline __attribute__((always_inline))
 #else
 #define WSIS_HD inline
 #endif

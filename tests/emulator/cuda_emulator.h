@@ -6,6 +6,8 @@
 //     environment variable WSIS_EMULATOR_SEED (0: in order). A barrier that can no longer be
 //     reached by all raises "barrier divergence";
 //   * as real threads (-DWSIS_EMULATOR_THREADS): for the address and thread sanitizers.
+// With -DWSIS_EMULATOR_COUNT (fibers) launches are reported to counter.cpp, which counts them and
+// the bytes of global memory they touch.
 // Shared memory starts as garbage. Not emulated: streams, errors, textures, cooperative groups.
 #pragma once
 
@@ -86,6 +88,31 @@ inline dim3 unravel(unsigned rank, dim3 size) {
 inline void fill_with_garbage(std::unique_ptr<unsigned char[]>& memory, size_t bytes) {
   std::fill_n(memory.get(), bytes, 0xA5);
 }
+
+// ---- reports to counter.cpp
+// ---------------------------------------------------------------------------
+
+#if defined(WSIS_EMULATOR_COUNT)
+extern "C" void wsis_count_launch(const char* kernel, const unsigned* sizes);
+extern "C" void wsis_count_landing();
+extern "C" void wsis_count_write(const void* address, size_t bytes);
+
+// A launch, while it lives.
+struct Report {
+  Report(const char* name, dim3 grid, dim3 block, size_t shared_bytes) {
+    const unsigned sizes[] = {grid.x,  grid.y,  grid.z, block.x,
+                              block.y, block.z, static_cast<unsigned>(shared_bytes)};
+    wsis_count_launch(name, sizes);
+  }
+  ~Report() { wsis_count_landing(); }
+};
+#else
+struct Report {
+  Report(const char*, dim3, dim3, size_t) {}
+  ~Report() {}
+};
+inline void wsis_count_write(const void*, size_t) {}
+#endif
 
 // ---- engines: wait(barrier), finish_thread(), run_grid()
 // -----------------------------------------
@@ -222,7 +249,9 @@ inline void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::funct
 #endif
 
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Args... args) {
+void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+            Args... args) {
+  const Report report(name, grid, block, shared_bytes);
   run_grid(grid, block, shared_bytes, [=] { kernel(args...); });
 }
 
@@ -263,6 +292,18 @@ T exchange(unsigned mask, T value, unsigned source) {
   return result;
 }
 
+// The votes of all lanes of the mask, in two waits as in exchange().
+inline unsigned ballot(unsigned mask, bool vote) {
+  warp().slots[lane()] = vote;
+  sync_warp(mask);
+  unsigned votes = 0;
+  for (unsigned source = 0; source < kWarp; ++source)
+    if (mask & lanes_of_warp() & (1u << source))
+      votes |= static_cast<unsigned>(warp().slots[source] != 0) << source;
+  sync_warp(mask);
+  return votes;
+}
+
 template <class T>
 T atomic_update(T* address, const std::function<T(T)>& change) {
   T old, next;
@@ -278,7 +319,7 @@ T atomic_update(T* address, const std::function<T(T)>& change) {
 
 #define WSIS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (static_cast<void>(stream),                                       \
-   wsis_emulator::launch((kernel), (grid), (block), (shared_bytes), __VA_ARGS__))
+   wsis_emulator::launch(#kernel, (kernel), (grid), (block), (shared_bytes), __VA_ARGS__))
 #define WSIS_DYNAMIC_SHARED(type, name) \
   type* name = reinterpret_cast<type*>(wsis_emulator::current.block->shared)
 
@@ -309,12 +350,7 @@ T __shfl_xor_sync(unsigned mask, T value, unsigned lanes) {
   return wsis_emulator::exchange(mask, value, wsis_emulator::lane() ^ lanes);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  unsigned votes = 0;
-  for (unsigned source = 0; source < 32; ++source) {
-    const unsigned vote = wsis_emulator::exchange(mask, predicate != 0 ? 1u : 0u, source);
-    if (mask & wsis_emulator::lanes_of_warp() & (1u << source)) votes |= vote << source;
-  }
-  return votes;
+  return wsis_emulator::ballot(mask, predicate != 0);
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) {
@@ -347,28 +383,22 @@ template <class T>
 T __ldg(const T* address) {
   return *address;
 }
+template <class T>
+T __ldcs(const T* address) {
+  return *address;
+}
+template <class T>
+void __stcs(T* address, T value) {
+  *address = value;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 using std::max;
 using std::min;
 
-// ---- the runtime: one device, one stream, no errors
-// ------------------------------------------------
-
-using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-inline const char* cudaGetErrorString(cudaError_t) { return "none"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
-inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  return std::memset(memory, value, bytes), cudaSuccess;
-}
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
-  return cudaSuccess;
-}
+#include "cuda_types.h"

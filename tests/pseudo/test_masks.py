@@ -5,6 +5,7 @@ import torch
 from wsis.errors import InputError
 from wsis.ops.normalize import max_norm
 from wsis.pseudo import make_pseudo_masks, refined_or_cam_scores
+from wsis.pseudo.masks import _scores_of_all
 from wsis.types import Maps
 
 RULES = {
@@ -101,6 +102,10 @@ def test_scores_come_from_the_refined_cam_else_from_the_cam():
             masked, (9, 13), mode="bilinear", align_corners=True
         )
         assert torch.allclose(scores, expected, atol=1e-6)
+        # What CUDA runs: nothing asks which classes there are.
+        everywhere = _scores_of_all(source, label, (9, 13))
+        assert torch.allclose(everywhere, expected, atol=1e-6)
+        assert not everywhere[label == 0].any()
 
 
 @pytest.mark.parametrize(
@@ -111,6 +116,12 @@ def test_scores_come_from_the_refined_cam_else_from_the_cam():
         ({"valid_box": torch.zeros(4)}, r"valid_box must be \[1, 4\]"),
         ({"low": 0.6}, "must not exceed"),
         ({"refine": "crf"}, "pamr, par or varm"),
+        ({"cams_norm": torch.rand(1, 8, 8)}, r"cams_norm must be \[B, K, H, W\], got \[1, 8, 8\]"),
+        ({"valid_box": torch.zeros(1, 4)}, "valid_box must be integers, got torch.float32"),
+        ({"label": torch.ones(1, 1, device="meta")}, "label must be on cpu, got meta"),
+        ({"down_scale": 0}, "down_scale must be 1 or more, got 0"),
+        ({"iterations": -1}, "iterations must be 0 or more"),
+        ({"dilations": ()}, "dilations must be positive"),
     ],
 )
 def test_bad_input_is_named(change, message):
@@ -139,7 +150,7 @@ def test_relative_thresholds_are_multiples_of_the_mean_score():
 
 
 def test_relative_thresholds_do_not_depend_on_the_peak():
-    """One hot pixel halves every other normalised score; constants lose the object, these do not."""
+    """One hot pixel halves all other normalised scores; constants lose the object, these do not."""
     scores = torch.zeros(1, 1, 32, 32)
     scores[..., 8:24, 8:24] = 0.9
     peaked = scores / 4
@@ -154,3 +165,25 @@ def test_relative_thresholds_do_not_depend_on_the_peak():
     assert size_of(peaked, **constant) < 20 < 200 < size_of(scores, **constant)
     assert 200 < size_of(peaked, **relative) < 320
     assert 200 < size_of(scores, **relative) < 320
+
+
+def test_no_images_and_no_pixels():
+    for batch, size in [(0, (8, 8)), (2, (0, 8)), (2, (8, 0))]:
+        masks = make_pseudo_masks(
+            torch.rand(batch, 2, *size),
+            torch.rand(batch, 3, *size),
+            torch.ones(batch, 2),
+            torch.zeros(batch, 4, dtype=torch.int64),
+        )
+        assert masks.shape == (batch, *size)
+        assert masks.dtype == torch.int64
+
+
+def test_gradients_and_layouts_of_the_inputs_do_not_matter():
+    cams, image = rand(2, 3, 16, 20), rand(2, 3, 16, 20, seed=2)
+    label, box = torch.tensor([[1, 0, 1], [0, 1, 1]]), whole(2, 16, 20)
+    expected = make_pseudo_masks(cams, image, label, box)
+    last = cams.to(memory_format=torch.channels_last).requires_grad_()
+    masks = make_pseudo_masks(last, image.requires_grad_(), label.bool(), box.int())
+    assert torch.equal(masks, expected)
+    assert not masks.requires_grad

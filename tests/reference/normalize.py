@@ -45,3 +45,19 @@ def one_hot_max_reference(scores):
         foreground = scores[b, 1:, y, x]
         out[b, 1:, y, x] = np.where(foreground == foreground.max(), foreground, 0)
     return out
+
+
+def labels_reference(cams, label, low, high, box, ignore_index=255):
+    """[B, K, H, W] and [B, K] -> [B, H, W], pixel by pixel."""
+    batch, _, height, width = cams.shape
+    out = np.full((batch, height, width), ignore_index)
+    for b, y, x in np.ndindex(batch, height, width):
+        y0, y1, x0, x1 = box[b]
+        if y0 <= y < y1 and x0 <= x < x1:
+            scores = cams[b, :, y, x] * label[b]
+            best = scores.max()
+            if best <= low:
+                out[b, y, x] = 0
+            elif best > high:
+                out[b, y, x] = scores.argmax() + 1
+    return out

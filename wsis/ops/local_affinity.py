@@ -5,28 +5,25 @@ directions x several dilations, ``P = 8 * len(dilations)``. The three methods di
 only. Weights come from the image alone, so they are computed once and carry no gradient.
 
 Sizes: ``B`` batch, ``C`` mask channels, ``H W`` image.
+
+Results do not depend on the number of threads. A pixel that is not finite spoils its neighbours'
+weights, and with them the masks around it; nothing looks for it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from wsis.errors import InputError
-from wsis.ops.normalize import as_float
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Kind = Literal["pamr", "par", "varm"]
+from wsis.ops._local_affinity import KINDS, MOST_DILATIONS, TILE, Kind
+from wsis.ops.norms import as_float
 
 DILATIONS = (1, 2, 4, 8, 12, 24)  # visinf/1-stage-wseg core/config.py; PAR and VARM alike
 ITERATIONS = 10  # the same files
-_DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 
 
 def pamr(
@@ -42,22 +39,25 @@ def pamr(
     to 1.
 
     Args:
-        image: ``[B, 3, H, W]`` float; the weights do not depend on its scale (beyond 1e-8).
+        image: ``[B, 3, H, W]`` float (any channel count), finite; the weights do not depend on its
+            scale (beyond 1e-8).
         masks: ``[B, C, h, w]`` float, resized to ``H, W`` first (bilinear, align_corners=True).
-        iterations: how often the masks are propagated.
-        dilations: distances of the neighbours, pixels.
+        iterations: how often the masks are propagated, 0 or more.
+        dilations: distances of the neighbours, pixels, 1 to 64 positive numbers.
 
     Returns:
-        ``[B, C, H, W]`` float32 (float64 when the masks are); differentiable in ``masks``.
+        ``[B, C, H, W]`` float32 (float64 when the masks are); differentiable in ``masks``, any
+        number of times.
 
     Raises:
-        InputError: wrong shapes or dilations.
+        InputError: shapes, devices or dtypes that do not fit, wrong dilations or iterations, or an
+            image that requires a gradient.
 
     Example:
         >>> pamr(torch.rand(1, 3, 32, 32), torch.rand(1, 2, 8, 8)).shape
         torch.Size([1, 2, 32, 32])
     """
-    return _refine(image, masks, "pamr", iterations, dilations)
+    return refine(image, masks, "pamr", iterations=iterations, dilations=dilations)
 
 
 def par(
@@ -73,8 +73,12 @@ def par(
     softmax over the distances; they sum to 1.01, so a constant mask grows by 1.01 per iteration.
 
     Args, returns, raises: as :func:`pamr`.
+
+    Example:
+        >>> par(torch.rand(1, 3, 32, 32), torch.rand(1, 2, 8, 8)).shape
+        torch.Size([1, 2, 32, 32])
     """
-    return _refine(image, masks, "par", iterations, dilations)
+    return refine(image, masks, "par", iterations=iterations, dilations=dilations)
 
 
 def varm(
@@ -91,23 +95,64 @@ def varm(
 
     Args, returns, raises: as :func:`pamr`, but ``image`` must be in [0, 1]: the second term is not
     scale free.
+
+    Example:
+        >>> varm(torch.rand(1, 3, 32, 32), torch.rand(1, 2, 8, 8)).shape
+        torch.Size([1, 2, 32, 32])
     """
-    return _refine(image, masks, "varm", iterations, dilations)
+    return refine(image, masks, "varm", iterations=iterations, dilations=dilations)
 
 
-def _refine(
-    image: Tensor, masks: Tensor, kind: Kind, iterations: int, dilations: Sequence[int]
+def refine(
+    image: Tensor,
+    masks: Tensor,
+    kind: Kind,
+    *,
+    iterations: int = ITERATIONS,
+    dilations: Sequence[int] = DILATIONS,
+    counts: Tensor | None = None,
 ) -> Tensor:
+    """One of :func:`pamr`, :func:`par` and :func:`varm`, for images with different mask counts.
+
+    Memory beside the result: the weights of one group of images (48 numbers per pixel with the
+    usual dilations; image by image once they exceed 16 MiB on the CPU, 2 GiB on CUDA) and two
+    copies of one image's masks. The gradient computes the weights again instead of keeping them.
+
+    Args:
+        image: as for :func:`pamr`.
+        masks: as for :func:`pamr`.
+        kind: whose weights.
+        iterations: as for :func:`pamr`.
+        dilations: as for :func:`pamr`.
+        counts: ``[B]`` integer, on the masks' device: only the first ``counts[b]`` masks of image b
+            are refined, the others of the result are 0. None: all.
+
+    Returns:
+        As :func:`pamr`.
+
+    Raises:
+        InputError: as :func:`pamr`, or an unknown kind.
+
+    Example:
+        >>> counts = torch.tensor([1, 2])
+        >>> refine(torch.rand(2, 3, 9, 9), torch.rand(2, 2, 9, 9), "par", counts=counts)[0, 1].max()
+        tensor(0.)
+    """
+    steps = _check_image(image, kind, dilations)
     if masks.ndim != 4 or masks.shape[0] != image.shape[0]:
         raise InputError(
             f"masks must be [B, C, h, w] with the images' B={image.shape[0]}, "
             f"got {list(masks.shape)}"
         )
-    weights = local_affinity(image, kind, dilations)
-    masks = as_float(masks)
+    _check_device("masks", masks, image)
+    counts = _check_rest(masks, iterations, counts)
+    masks = _real("masks", masks)
     if masks.shape[-2:] != image.shape[-2:]:
+        if masks.shape[-1] * masks.shape[-2] == 0 or 0 in image.shape[-2:]:
+            raise InputError(f"masks must not be empty to be resized, got {list(masks.shape)}")
         masks = F.interpolate(masks, image.shape[-2:], mode="bilinear", align_corners=True)
-    return propagate(masks, weights.to(masks.dtype), dilations, iterations)
+    image = _real("image", image)
+    return torch.ops.wsis.local_refine(image, masks, counts, kind, steps, iterations, False)
 
 
 def local_affinity(image: Tensor, kind: Kind, dilations: Sequence[int] = DILATIONS) -> Tensor:
@@ -127,132 +172,125 @@ def local_affinity(image: Tensor, kind: Kind, dilations: Sequence[int] = DILATIO
         row by row. No gradient.
 
     Raises:
-        InputError: image not 4-d, no or non-positive dilations, unknown kind.
+        InputError: image not 4-d or requiring a gradient, no or non-positive dilations, unknown
+            kind.
+
+    Example:
+        >>> local_affinity(torch.rand(1, 3, 32, 32), "pamr", (1, 2)).shape
+        torch.Size([1, 16, 32, 32])
     """
-    if image.ndim != 4:
-        raise InputError(f"image must be [B, 3, H, W], got {list(image.shape)}")
-    if not dilations or min(dilations) < 1:
-        raise InputError(f"dilations must be positive and at least one, got {tuple(dilations)}")
-    if kind not in ("pamr", "par", "varm"):
-        raise InputError(f"refinement must be pamr, par or varm, got {kind!r}")
-    with torch.no_grad():
-        image = as_float(image)
-        padded = F.pad(image, [max(dilations)] * 4, mode="replicate")
-        sigma = _neighbour_std(image, padded, dilations, with_centre=kind == "pamr")
-        if kind == "pamr":
-            inverse, power = 1 / (1e-8 + 0.1 * sigma), 1
-        else:
-            inverse, power = (4.0 if kind == "varm" else 1 / 0.3) / (sigma + 1e-8), 2
-
-        count = 8 * len(dilations)
-        weights = image.new_empty(image.shape[0], count, *image.shape[-2:])
-        for p, neighbour in enumerate(_shifts(padded, dilations)):
-            distance = (neighbour - image).mul_(inverse)
-            distance = distance.abs_() if power == 1 else distance.square_()
-            torch.mean(distance, dim=1, out=weights[:, p])
-        weights = weights.neg_().softmax(dim=1)
-
-        if kind == "par":
-            weights += 0.01 * _position_weights(dilations).to(weights)[:, None, None]
-        elif kind == "varm":
-            weights.sub_(_variation(padded, dilations).softmax(dim=1), alpha=0.01)
-        return weights
+    steps = _check_image(image, kind, dilations)
+    packed = torch.ops.wsis.local_affinity_packed(_real("image", image), kind, steps)
+    return _unpack(packed, 8 * len(steps), image.shape[-1])
 
 
 def propagate(
-    masks: Tensor, weights: Tensor, dilations: Sequence[int] = DILATIONS, iterations: int = 10
+    masks: Tensor,
+    weights: Tensor,
+    dilations: Sequence[int] = DILATIONS,
+    iterations: int = ITERATIONS,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Average masks over neighbours: ``m_i <- sum_p weights_p(i) m(i + p)``, several times.
 
     Args:
-        masks: ``[B, C, H, W]`` float32 or float64; borders are replicated.
-        weights: ``[B, P, H, W]``, same dtype, from :func:`local_affinity` with these dilations.
+        masks: ``[B, C, H, W]`` float; borders are replicated.
+        weights: ``[B, P, H, W]``, on the same device, as :func:`local_affinity` gives them.
         dilations: as for the weights.
         iterations: how often; 0 returns the masks.
+        counts: as for :func:`refine`.
 
     Returns:
-        ``[B, C, H, W]``; differentiable in ``masks`` (and in ``weights`` if they need a gradient).
+        ``[B, C, H, W]`` float32 (float64 when the masks are); differentiable in ``masks``, any
+        number of times.
 
     Raises:
-        InputError: shapes of masks and weights do not fit each other or the dilations.
+        InputError: shapes of masks and weights do not fit each other or the dilations, or weights
+            that require a gradient.
+
+    Example:
+        >>> weights = local_affinity(torch.rand(1, 3, 9, 9), "par")
+        >>> propagate(torch.rand(1, 2, 9, 9), weights).shape
+        torch.Size([1, 2, 9, 9])
     """
-    expected = [masks.shape[0], 8 * len(dilations), *masks.shape[-2:]]
-    if masks.ndim != 4 or list(weights.shape) != expected:
+    steps = _check_dilations(dilations)
+    expected = [masks.shape[0], 8 * len(steps), *masks.shape[-2:]] if masks.ndim == 4 else None
+    if list(weights.shape) != expected:
         raise InputError(
-            f"weights must be {expected} for masks {list(masks.shape)} and dilations "
-            f"{tuple(dilations)}, got {list(weights.shape)}"
+            f"weights must be [B, P, H, W] = {expected} for masks {list(masks.shape)} and "
+            f"dilations {tuple(steps)}, got {list(weights.shape)}"
         )
-    per_shift = weights.unsqueeze(2).unbind(dim=1)
-    in_graph = torch.is_grad_enabled() and (masks.requires_grad or weights.requires_grad)
-    for _ in range(iterations):
-        padded = F.pad(masks, [max(dilations)] * 4, mode="replicate")
-        masks = torch.zeros_like(masks)
-        for weight, neighbour in zip(per_shift, _shifts(padded, dilations), strict=True):
-            if in_graph:
-                masks = torch.addcmul(masks, neighbour, weight)
-            else:
-                masks.addcmul_(neighbour, weight)
-    return masks
+    _check_device("weights", weights, masks)
+    counts = _check_rest(masks, iterations, counts)
+    if weights.requires_grad and torch.is_grad_enabled():
+        raise InputError("weights must not require a gradient, which is not computed")
+    masks = _real("masks", masks)
+    packed = _pack(_real("weights", weights).to(masks.dtype))
+    return torch.ops.wsis.propagate(masks, packed, counts, steps, iterations, False)
 
 
-def _shifts(padded: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
-    """Views ``[B, C, H, W]`` of an image padded by the largest dilation, one per neighbour."""
-    pad = max(dilations)
-    height, width = padded.shape[-2] - 2 * pad, padded.shape[-1] - 2 * pad
-    for dilation in dilations:
-        for dy, dx in _DIRECTIONS:
-            y, x = pad + dilation * dy, pad + dilation * dx
-            yield padded[..., y : y + height, x : x + width]
+# ---- checks ------------------------------------------------------------------------------------
 
 
-def _neighbour_std(
-    image: Tensor, padded: Tensor, dilations: Sequence[int], *, with_centre: bool
-) -> Tensor:
-    """Unbiased standard deviation per channel over the neighbours, ``[B, 3, H, W]``.
-
-    One pass over sums of ``d = sample - first sample``. Equal samples give exactly 0, which the
-    weights of flat regions depend on; and as the reference is itself a sample, cancellation costs
-    at most a factor of the sample count on the rounding error.
-    """
-    shifts = _shifts(padded, dilations)
-    reference = next(shifts)
-    total, squares = torch.zeros_like(image), torch.zeros_like(image)
-    for neighbour in shifts:
-        difference = neighbour - reference
-        total += difference
-        squares.addcmul_(difference, difference)
-    count = 8 * len(dilations)
-    if with_centre:
-        difference = image - reference
-        total.add_(difference, alpha=len(dilations))
-        squares.addcmul_(difference, difference, value=len(dilations))
-        count += len(dilations)
-    variance = (squares - total.square() / count) / (count - 1)
-    return variance.clamp_(min=0).sqrt_()
+def _check_image(image: Tensor, kind: str, dilations: Sequence[int]) -> list[int]:
+    if image.ndim != 4 or image.shape[1] < 1:
+        raise InputError(f"image must be [B, 3, H, W], got {list(image.shape)}")
+    if kind not in KINDS:
+        raise InputError(f"refinement must be pamr, par or varm, got {kind!r}")
+    if image.requires_grad and torch.is_grad_enabled():
+        raise InputError("image must not require a gradient: weights have none; detach it")
+    return _check_dilations(dilations)
 
 
-def _position_weights(dilations: Sequence[int]) -> Tensor:
-    """PAR's softmax over distances, ``[P]`` float64, sum 1."""
-    distance = torch.tensor(
-        [d * math.hypot(dy, dx) for d in dilations for dy, dx in _DIRECTIONS], dtype=torch.float64
-    )
-    return (-((distance / (distance.std() + 1e-8) / 0.3) ** 2)).softmax(dim=0)
+def _check_dilations(dilations: Sequence[int]) -> list[int]:
+    if not 1 <= len(dilations) <= MOST_DILATIONS or min(dilations) < 1:
+        raise InputError(
+            f"dilations must be positive and at least one (at most {MOST_DILATIONS}), "
+            f"got {tuple(dilations)}"
+        )
+    return [int(d) for d in dilations]
 
 
-def _variation(padded: Tensor, dilations: Sequence[int]) -> Tensor:
-    """VARM's squared forward differences of each shifted image, ``[B, P, H, W]``.
+def _check_rest(masks: Tensor, iterations: int, counts: Tensor | None) -> Tensor | None:
+    """The counts as the operators take them."""
+    if iterations < 0:
+        raise InputError(f"iterations must be 0 or more, got {iterations}")
+    if counts is None:
+        return None
+    if list(counts.shape) != [masks.shape[0]] or counts.is_floating_point():
+        raise InputError(
+            f"counts must be [B={masks.shape[0]}] integers, got {list(counts.shape)} {counts.dtype}"
+        )
+    _check_device("counts", counts, masks)
+    return counts.to(torch.int32)
 
-    They are taken inside the frame of the shifted image, whose last row and column are repeated:
-    the vertical difference of the last row and the horizontal one of the last column are 0.
-    """
-    down = F.pad(padded.diff(dim=2).square().mean(dim=1, keepdim=True), (0, 0, 0, 1))
-    right = F.pad(padded.diff(dim=3).square().mean(dim=1, keepdim=True), (0, 1, 0, 0))
-    height, width = padded.shape[-2] - 2 * max(dilations), padded.shape[-1] - 2 * max(dilations)
-    variation = padded.new_empty(padded.shape[0], 8 * len(dilations), height, width)
-    shifts = zip(_shifts(down, dilations), _shifts(right, dilations), strict=True)
-    for p, (rows, columns) in enumerate(shifts):
-        target = variation[:, p : p + 1]
-        target.copy_(rows)
-        target[..., -1:, :] = 0
-        target[..., :-1] += columns[..., :-1]
-    return variation
+
+def _check_device(name: str, tensor: Tensor, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise InputError(f"{name} must be on {other.device} like the rest, got {tensor.device}")
+
+
+def _real(name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        raise InputError(f"{name} must be real, got {tensor.dtype}")
+    return as_float(tensor)
+
+
+# ---- layouts -----------------------------------------------------------------------------------
+
+
+def _pack(weights: Tensor) -> Tensor:
+    """``[B, P, H, W]`` -> packed."""
+    batch, taps, height, width = weights.shape
+    if weights.is_cuda:
+        return weights.view(batch, taps // 4, 4, height, width).permute(0, 1, 3, 4, 2).contiguous()
+    tiles = -(-width // TILE)
+    padded = F.pad(weights, (0, tiles * TILE - width))
+    return padded.view(batch, taps, height, tiles, TILE).permute(0, 2, 3, 1, 4).contiguous()
+
+
+def _unpack(packed: Tensor, taps: int, width: int) -> Tensor:
+    """Packed -> ``[B, P, H, W]``."""
+    if packed.is_cuda:
+        return packed.permute(0, 1, 4, 2, 3).flatten(1, 2).contiguous()
+    return packed.permute(0, 3, 1, 2, 4).flatten(3)[..., :width].contiguous()

@@ -1,5 +1,7 @@
 """Two-threshold pseudo masks from normalised class activation maps.
 
+The whole batch at once, without a loop over images and without waiting for the device.
+
 Sizes: ``B`` batch, ``K`` foreground classes, ``H W`` image, ``h w`` feature grid.
 """
 
@@ -12,9 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from wsis.errors import InputError
-from wsis.ops.local_affinity import DILATIONS, ITERATIONS, local_affinity, propagate
+from wsis.ops.local_affinity import DILATIONS, ITERATIONS
+from wsis.ops.local_affinity import refine as refine_masks
 from wsis.ops.normalize import as_float, max_norm
-from wsis.types import BACKGROUND, IGNORE
+from wsis.ops.pseudo_masks import pseudo_labels, pseudo_stack, pseudo_unit
+from wsis.ops.resize import resize
+from wsis.types import IGNORE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,14 +44,23 @@ def refined_or_cam_scores(maps: Maps, label: Tensor, size: tuple[int, int]) -> T
     Returns:
         ``[B, K, H, W] float32`` in [0, 1], zero for classes that are not in the image. No gradient.
     """
-    cams = maps.cams if maps.refined is None else maps.refined[:, 1:]
+    cams = as_float(maps.cams if maps.refined is None else maps.refined[:, 1:])
+    if cams.is_cuda:
+        return _scores_of_all(cams, label, size)
+    return _scores_of_present(cams, label, size)
+
+
+def _scores_of_present(cams: Tensor, label: Tensor, size: tuple[int, int]) -> Tensor:
+    """Normalises and resizes the classes of each image only."""
     image, channel = label.nonzero(as_tuple=True)
-    present = max_norm(as_float(cams)[image, channel].unsqueeze(1))
-    scores = present.new_zeros(*label.shape, *size)
-    scores[image, channel] = F.interpolate(
-        present, size, mode="bilinear", align_corners=True
-    ).squeeze(1)
+    scores = cams.new_zeros(*label.shape, *size)
+    scores[image, channel] = resize(max_norm(cams[image, channel].unsqueeze(1)), size).squeeze(1)
     return scores
+
+
+def _scores_of_all(cams: Tensor, label: Tensor, size: tuple[int, int]) -> Tensor:
+    """The same without asking the device which classes there are."""
+    return resize(max_norm(cams).masked_fill(label[..., None, None] == 0, 0), size)
 
 
 @torch.no_grad()
@@ -93,7 +107,8 @@ def make_pseudo_masks(
         ``[B, H, W] int64``: 0 background, 1..K class ids, 255 undecided. No gradient.
 
     Raises:
-        InputError: shapes that do not fit each other, or ``low > high``.
+        InputError: shapes or devices that do not fit each other, ``low > high``, or arguments of
+            the refinement that it refuses.
 
     Example:
         >>> cams, image = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
@@ -101,6 +116,8 @@ def make_pseudo_masks(
         >>> make_pseudo_masks(cams, image, label, box).shape
         torch.Size([1, 32, 32])
     """
+    if cams_norm.ndim != 4:
+        raise InputError(f"cams_norm must be [B, K, H, W], got {list(cams_norm.shape)}")
     batch, classes, height, width = cams_norm.shape
     expected = {
         "image01": (image01, [batch, 3, height, width]),
@@ -113,42 +130,34 @@ def make_pseudo_masks(
     if low > high:
         raise InputError(f"the low threshold must not exceed the high one, got {low} > {high}")
 
-    size = (height, width)
+    if down_scale < 1:
+        raise InputError(f"down_scale must be 1 or more, got {down_scale}")
+    for name, tensor in (("image01", image01), ("label", label), ("valid_box", valid_box)):
+        if tensor.device != cams_norm.device:
+            raise InputError(f"{name} must be on {cams_norm.device}, got {tensor.device}")
+    if valid_box.is_floating_point():
+        raise InputError(f"valid_box must be integers, got {valid_box.dtype}")
+    if height * width == 0:
+        return label.new_empty((batch, height, width), dtype=torch.int64)
+
+    cams, present, box = as_float(cams_norm), label != 0, valid_box.long()
     reduced = (max(height // down_scale, 1), max(width // down_scale, 1))
-    weights = None
+    unit = pseudo_unit(cams, present, box) if relative else None
+    stack, counts, ids = pseudo_stack(
+        cams, present, reduced, high=high, low=low, unit=unit, room=_room(present)
+    )
     if refine != "none":
-        weights = local_affinity(_resize(as_float(image01), reduced), refine, dilations)
-
-    masks = torch.full((batch, *size), IGNORE, dtype=torch.int64, device=cams_norm.device)
-    for b, (y0, y1, x0, x1) in enumerate(valid_box.tolist()):
-        present = label[b].nonzero().flatten()
-        if present.numel() == 0:
-            masks[b, y0:y1, x0:x1] = BACKGROUND
-            continue
-        scores = as_float(cams_norm[b : b + 1, present])
-        unit = scores[..., y0:y1, x0:x1].amax(dim=1).mean() if relative else 1.0
-        foreground = _resize(scores, reduced)
-        stacks = torch.cat(
-            [_with_background(foreground, min(value * unit, 1.0)) for value in (high, low)], dim=1
+        image = F.interpolate(
+            as_float(image01).to(cams.dtype), reduced, mode="bilinear", align_corners=False
         )
-        if weights is not None:
-            stacks = propagate(stacks, weights[b : b + 1], dilations, iterations)
-        ids = torch.cat([present.new_tensor([BACKGROUND]), present + 1])
-        # max().indices: on the CPU ten times as fast as argmax over this axis
-        at_high, at_low = (
-            ids[stack[0].max(dim=0).indices] for stack in _resize(stacks, size).chunk(2, dim=1)
+        stack = refine_masks(
+            image, stack, refine, iterations=iterations, dilations=dilations, counts=counts
         )
-        undecided = (at_high == BACKGROUND) & (at_low != BACKGROUND)
-        decided = at_high.masked_fill(undecided, IGNORE)
-        masks[b, y0:y1, x0:x1] = decided[y0:y1, x0:x1]
-    return masks
+    return pseudo_labels(stack, counts, ids, box, (height, width), ignore_index=IGNORE)
 
 
-def _with_background(foreground: Tensor, value: float) -> Tensor:
-    """``[1, P, h, w]`` -> softmax over background constant and classes, ``[1, P + 1, h, w]``."""
-    background = torch.full_like(foreground[:, :1], float(value))
-    return torch.cat([background, foreground], dim=1).softmax(dim=1)
-
-
-def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+def _room(present: Tensor) -> int:
+    """How many planes to keep for classes: on CUDA, or in a graph, for all, as nobody may look."""
+    if present.device.type != "cpu" or torch.compiler.is_compiling():
+        return present.shape[1]
+    return int(present.sum(dim=1).max()) if present.numel() else 0

@@ -8,8 +8,12 @@ takes minutes).
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,11 +57,23 @@ def seconds(call):
     return time.process_time() - start
 
 
-def peak_bytes(call):
-    """Memory above what was in use before; only grows within a process, so the smallest first."""
+def peak_mib(name, way):
+    """Memory of one call above its arguments, result included, in a process of its own."""
+    command = [sys.executable, str(Path(__file__)), name, way]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return float(done.stdout)
+
+
+def print_peak(name, way):
+    kind, batch, masks, size = CASES[name]
+    torch.set_num_threads(1)
+    WAYS[way](kind, *make_case(1, 1, 32))  # what is loaded at the first call
+    case = make_case(batch, masks, size)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    call()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    out = WAYS[way](kind, *case)
+    assert out.shape == case[1].shape
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def test_baseline_is_good(record_property):
@@ -79,6 +95,7 @@ def test_refine(benchmark, name, way):
     assert (out - WAYS["torch_shifted"](*case)).abs().max() <= 2e-5
     benchmark.group = f"{name}, {ITERATIONS} iterations"
     benchmark.extra_info["baseline"] = way == "torch_shifted"
+    benchmark.extra_info["peak_mib"] = round(peak_mib(name, way))
     rounds = {"wsis": 15, "torch_shifted": 5, "torch_unfold": 1}[way]
     benchmark.pedantic(WAYS[way], args=case, rounds=rounds, warmup_rounds=0)
 
@@ -95,3 +112,7 @@ def test_gradient(benchmark, way):
     benchmark.group = "PAR 1 x 4 x 224 x 224 with gradient"
     benchmark.extra_info["baseline"] = way == "torch_shifted"
     benchmark.pedantic(both, rounds=5, warmup_rounds=1)
+
+
+if __name__ == "__main__":
+    print_peak(*sys.argv[1:])

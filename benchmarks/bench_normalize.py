@@ -63,8 +63,8 @@ FLIPS = [False, True] * len(SCALES)
 
 
 @pytest.mark.benchmark(group="normalize_cams")
-@pytest.mark.parametrize("variant", ["psa", "seam", "afa"])
 @pytest.mark.parametrize("way", ["eager", "floor", "wsis"])
+@pytest.mark.parametrize("variant", ["psa", "seam", "afa"])
 def test_normalize_cams(benchmark, maps, variant, way):
     benchmark.group = f"normalize_cams {variant}, 8 maps [20, 14 s, 14 s] to [20, 448, 448]"
     options = {"variant": variant, "flips": FLIPS}
@@ -127,8 +127,8 @@ NORMS = {
 
 
 @pytest.mark.benchmark(group="norms")
-@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("way", ["eager", "floor", "wsis"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_norm_and_gradient(benchmark, norm, way):
     """Forward reads the maps and writes scores, backward reads both gradients' worth and writes."""
     benchmark.group = f"{norm} and its gradient, 2 x 4 x 448 x 448"

@@ -8,15 +8,16 @@ steps around the refinement are worth. The masks must agree before anything is t
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.reference import pseudo_masks as reference
-from wsis.ops import local_affinity
 from wsis.pseudo import make_pseudo_masks
 
+NATIVE = import_module("wsis.ops.local_affinity")
 B, K, H, W = 4, 20, 448, 448
 CLASSES = (1, 2, 3, 2)  # of each image
 RULES = {
@@ -26,7 +27,7 @@ RULES = {
 }
 WAYS = {
     "torch_loop": reference.make_pseudo_masks,
-    "torch_loop_native_refinement": partial(reference.make_pseudo_masks, affinity=local_affinity),
+    "torch_loop_native_refinement": partial(reference.make_pseudo_masks, affinity=NATIVE),
     "wsis": make_pseudo_masks,
 }
 

@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -26,13 +27,19 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def confusion() -> str:
-    result = read("confusion")
+def operators(name: str) -> str:
+    """One subject of benchmarks/run.py; the ratio is to the group's baseline, in the same run."""
+    result = read(name)
+    memory = any("peak_mib" in row for row in result["benchmarks"])
     lines = ["| operation | how | median, ms | ratio |", "|---|---|---|---|"]
+    if memory:
+        lines = [lines[0] + " memory, MiB |", lines[1] + "---|"]
     for row in result["benchmarks"]:
-        how = re.sub(r".*\[(.*)\]", r"\1", row["name"]).replace("_", " ")
-        lines.append(f"| {row['group']} | {how} | {row['median_ms']:.2f} | {row['ratio']:.1f} |")
-    return "\n".join([*lines, "", source(result) + f", {result['threads']} thread."])
+        how = re.sub(r"(.*\[)?([^\]]*?-)?([^\]-]*)\]?", r"\3", row["name"]).replace("_", " ")
+        ratio = f"{row['ratio']:.1f}" if row["ratio"] >= 0.1 else f"{row['ratio']:.2f}"
+        line = f"| {row['group']} | {how} | {row['median_ms']:.2f} | {ratio} |"
+        lines.append(line + (f" {row.get('peak_mib', '-')} |" if memory else ""))
+    return "\n".join([*lines, "", source(result) + ", 1 thread."])
 
 
 def headline() -> str:
@@ -83,8 +90,9 @@ def spread(values: list[float | None]) -> str:
     return text if len(known) == 1 else f"{text} ± {(max(known) - min(known)) / 2:.1f}"
 
 
+OPERATORS = ("confusion", "local_affinity", "normalize", "pseudo_masks")
 TABLES: dict[str, Callable[[], str]] = {
-    "confusion": confusion,
+    **{name: partial(operators, name) for name in OPERATORS},
     "headline": headline,
     "ladder": ladder,
 }

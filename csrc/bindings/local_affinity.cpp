@@ -29,8 +29,8 @@ Call make_call(const Dilations& dilations, int64_t height, int64_t width, int64_
   for (int64_t dilation : dilations) require(dilation >= 1, "dilations must be positive");
   require(parts >= 1, "parts must be positive");
   require(height >= 0 && width >= 0 && height < kMostPixels && width < kMostPixels &&
-              height * width <= INT32_MAX,
-          "height and width must be below 2^24 and their product below 2^31");
+              height * width <= int64_t{1} << 30,
+          "height and width must be below 2^24 and their product at most 2^30");
   const auto count = static_cast<int32_t>(dilations.size());
   Call c{};
   c.call.dilations = dilations.data();

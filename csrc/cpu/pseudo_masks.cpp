@@ -223,6 +223,7 @@ void pseudo_stack(const T* cams, const uint8_t* present, const T* unit, T high, 
   const int32_t h = sizes.reduced_height, w = sizes.reduced_width;
   const int64_t plane = static_cast<int64_t>(sizes.height) * sizes.width;
   const int64_t reduced = static_cast<int64_t>(h) * w;
+  if (reduced == 0 || plane == 0) return;
   const int32_t block = block_of(sizes.width, w);
   parallel_for(sizes.batch * h, parts, [&](int, int64_t begin, int64_t end) {
     T buffer[kSpan], best[kBlock], total[kBlock], factor[kBlock];
@@ -261,6 +262,7 @@ void pseudo_labels(const T* stack, const int32_t* counts, const int32_t* ids, co
                    int64_t ignore_index, PseudoSizes sizes, int32_t parts, int64_t* masks) {
   const int32_t h = sizes.reduced_height, w = sizes.reduced_width;
   const int64_t reduced = static_cast<int64_t>(h) * w;
+  if (reduced == 0 || sizes.height == 0 || sizes.width == 0) return;
   const int32_t block = block_of(w, sizes.width);
   const bool doubled = sizes.width == 2 * w;
   parallel_for(sizes.batch * sizes.height, parts, [&](int, int64_t begin, int64_t end) {

@@ -101,7 +101,7 @@ WSIS_HD V absolute(V a) {
   return a < 0 ? -a : a;
 }
 
-// exp(x) for x <= 0 in float: 2^n * p(r), x = n ln 2 + r, |r| <= ln 2 / 2. Within 1 ulp; 0 below
+// exp(x) for x <= 0 in float: 2^n * p(r), x = n ln 2 + r, |r| <= ln 2 / 2. Within 2 ulp; 0 below
 // -87.3, where the result would be subnormal; NaN stays NaN.
 // p = 1 + r + r^2 q(r), q fitted for the smallest largest relative error (3.1e-9 before rounding).
 // ln 2 is cut in two so that n ln 2 loses nothing. Adding 1.5 * 2^23 rounds to an integer, which

@@ -251,6 +251,12 @@ inline void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::funct
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
             Args... args) {
+  // What a GPU refuses.
+  const size_t parameters = (size_t{0} + ... + sizeof(Params));
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+      grid.z > 65535 || block.count() == 0 || block.count() > 1024 || shared_bytes > 48 * 1024 ||
+      parameters > 4096)
+    throw std::runtime_error(std::string("a GPU refuses this launch of ") + name);
   const Report report(name, grid, block, shared_bytes);
   run_grid(grid, block, shared_bytes, [=] { kernel(args...); });
 }

@@ -303,7 +303,7 @@ def test_sanitizers_are_silent(flavour):
 @pytest.mark.parametrize(
     "fault",
     [
-        (PIXELS, "index < height * width};", "index < height * width + 9};"),
+        (AFFINITY, "(kCount / 4) + f) * from", "(kCount / 4) + f + 1) * from"),
         (PROPAGATE, "n < planes; ++n)", "n <= planes; ++n)"),
         (SHARED, "i < size ? i : size - 1", "i < size + 1 ? i : size - 1"),
     ],

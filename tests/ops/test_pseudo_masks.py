@@ -367,3 +367,12 @@ def test_compiles_as_one_graph(relative):
 
     compiled = torch.compile(masks, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*arguments), masks(*arguments))
+
+
+def test_empty_planes():
+    """A side of 0 gives empty results; the functions of torch.ops may be called directly."""
+    present, box = torch.ones(1, 3, dtype=torch.bool), torch.tensor([[0, 4, 0, 0]])
+    stack, counts, ids = pseudo_stack(torch.empty(1, 3, 4, 0), present, (0, 0), high=0.5, low=0.2)
+    assert stack.shape == (1, 8, 0, 0)
+    stack, counts = torch.empty(1, 4, 4, 0), torch.tensor([4], dtype=torch.int32)
+    assert pseudo_labels(stack, counts, ids[:, :2], box, (4, 0), ignore_index=255).numel() == 0

@@ -119,7 +119,7 @@ def test_scores_come_from_the_refined_cam_else_from_the_cam():
         ({"cams_norm": torch.rand(1, 8, 8)}, r"cams_norm must be \[B, K, H, W\], got \[1, 8, 8\]"),
         ({"valid_box": torch.zeros(1, 4)}, "valid_box must be integers, got torch.float32"),
         ({"label": torch.ones(1, 1, device="meta")}, "label must be on cpu, got meta"),
-        ({"down_scale": 0}, "down_scale must be 1 or more, got 0"),
+        ({"down_scale": 0}, "down_scale must be 1 or more and an integer, got 0"),
         ({"iterations": -1}, "iterations must be 0 or more"),
         ({"dilations": ()}, "dilations must be positive"),
     ],
@@ -187,3 +187,33 @@ def test_gradients_and_layouts_of_the_inputs_do_not_matter():
     masks = make_pseudo_masks(last, image.requires_grad_(), label.bool(), box.int())
     assert torch.equal(masks, expected)
     assert not masks.requires_grad
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"high": float("nan")},
+        {"high": float("inf")},
+        {"low": 0.6},
+        {"down_scale": 2.0},
+        {"iterations": 1.5},
+        {"dilations": (1.9,)},
+    ],
+)
+def test_wrong_arguments(wrong):
+    cams, image, label = torch.rand(1, 2, 8, 8), torch.rand(1, 3, 8, 8), torch.ones(1, 2)
+    with pytest.raises(InputError):
+        make_pseudo_masks(cams, image, label, torch.tensor([[0, 8, 0, 8]]), **wrong)
+
+
+def test_cams_that_are_not_finite_are_refused():
+    cams, image, label = torch.rand(1, 2, 8, 8), torch.rand(1, 3, 8, 8), torch.ones(1, 2)
+    cams[0, 1, 3, 3] = float("nan")
+    with pytest.raises(InputError, match="finite"):
+        make_pseudo_masks(cams, image, label, torch.tensor([[0, 8, 0, 8]]))
+
+
+def test_class_ids_do_not_meet_the_ignore_value():
+    cams, image, label = torch.rand(1, 255, 4, 4), torch.rand(1, 3, 4, 4), torch.ones(1, 255)
+    with pytest.raises(InputError, match="254"):
+        make_pseudo_masks(cams, image, label, torch.tensor([[0, 4, 0, 4]]))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from wsis.errors import InputError
-from wsis.ops import local_affinity
+from wsis.ops.local_affinity import refine
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -201,6 +201,5 @@ def _at_least_float(x: Tensor) -> Tensor:
 def _refine(
     kind: str, image: Tensor, masks: Tensor, iterations: int, dilations: Sequence[int]
 ) -> Tensor:
-    function = getattr(local_affinity, kind)
-    refined = function(image, masks, iterations=iterations, dilations=tuple(dilations))
+    refined = refine(image, masks, kind, iterations=iterations, dilations=tuple(dilations))
     return refined.to(masks.dtype) if masks.is_floating_point() else refined

@@ -148,6 +148,8 @@ def refine(
     counts = _check_rest(masks, iterations, counts)
     masks = _real("masks", masks)
     if masks.shape[-2:] != image.shape[-2:]:
+        if masks.shape[1] == 0:
+            return masks.new_empty((*masks.shape[:2], *image.shape[-2:]))
         if masks.shape[-1] * masks.shape[-2] == 0 or 0 in image.shape[-2:]:
             raise InputError(f"masks must not be empty to be resized, got {list(masks.shape)}")
         masks = F.interpolate(masks, image.shape[-2:], mode="bilinear", align_corners=True)
@@ -214,7 +216,9 @@ def propagate(
         torch.Size([1, 2, 9, 9])
     """
     steps = _check_dilations(dilations)
-    expected = [masks.shape[0], 8 * len(steps), *masks.shape[-2:]] if masks.ndim == 4 else None
+    if masks.ndim != 4:
+        raise InputError(f"masks must be [B, C, H, W], got {list(masks.shape)}")
+    expected = [masks.shape[0], 8 * len(steps), *masks.shape[-2:]]
     if list(weights.shape) != expected:
         raise InputError(
             f"weights must be [B, P, H, W] = {expected} for masks {list(masks.shape)} and "
@@ -248,13 +252,15 @@ def _check_dilations(dilations: Sequence[int]) -> list[int]:
             f"dilations must be positive and at least one (at most {MOST_DILATIONS}), "
             f"got {tuple(dilations)}"
         )
+    if any(int(d) != d for d in dilations):
+        raise InputError(f"dilations must be integers, got {tuple(dilations)}")
     return [int(d) for d in dilations]
 
 
 def _check_rest(masks: Tensor, iterations: int, counts: Tensor | None) -> Tensor | None:
     """The counts as the operators take them."""
-    if iterations < 0:
-        raise InputError(f"iterations must be 0 or more, got {iterations}")
+    if not isinstance(iterations, int) or iterations < 0:
+        raise InputError(f"iterations must be 0 or more and an integer, got {iterations}")
     if counts is None:
         return None
     if list(counts.shape) != [masks.shape[0]] or counts.is_floating_point():
@@ -283,7 +289,8 @@ def _pack(weights: Tensor) -> Tensor:
     """``[B, P, H, W]`` -> packed."""
     batch, taps, height, width = weights.shape
     if weights.is_cuda:
-        return weights.view(batch, taps // 4, 4, height, width).permute(0, 1, 3, 4, 2).contiguous()
+        grouped = weights.view(batch, taps // 4, 4, height, width).permute(0, 1, 3, 4, 2)
+        return grouped.clone(memory_format=torch.contiguous_format)  # fresh memory is aligned
     tiles = -(-width // TILE)
     padded = F.pad(weights, (0, tiles * TILE - width))
     return padded.view(batch, taps, height, tiles, TILE).permute(0, 2, 3, 1, 4).contiguous()

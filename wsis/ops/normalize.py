@@ -95,6 +95,7 @@ def normalize_cams(
     if label is not None:
         if label.shape not in (leading, leading[-1:]):
             raise InputError(f"label must be {list(leading)}, got {list(label.shape)}")
+        _check_device("label", label, maps[0])
         label = label.to(maps[0]).expand(leading).reshape(-1, leading[-1])
     # numel() and not -1, which would be ambiguous for an empty batch
     batch = leading[:-1].numel()
@@ -153,6 +154,7 @@ def cams_to_labels(
     if label is not None:
         if label.shape not in (cams.shape[:-2], cams.shape[-3:-2]):
             raise InputError(f"label must be {list(cams.shape[:-2])}, got {list(label.shape)}")
+        _check_device("label", label, cams)
         label = label.to(cams).expand(stack.shape[:2])
     if valid_box is not None:
         if valid_box.shape != (*leading, 4) or valid_box.is_floating_point():
@@ -160,7 +162,8 @@ def cams_to_labels(
                 f"valid_box must be {[*leading, 4]} integers, got {list(valid_box.shape)} "
                 f"{str(valid_box.dtype).removeprefix('torch.')}"
             )
-        valid_box = valid_box.reshape(-1, 4).to(cams.device, torch.int64)
+        _check_device("valid_box", valid_box, cams)
+        valid_box = valid_box.reshape(-1, 4).long()
     labels = torch.ops.wsis.cams_to_labels(stack, label, valid_box, low, high, ignore_index)
     return labels.reshape(*leading, *cams.shape[-2:])
 
@@ -226,8 +229,15 @@ def _check_maps(maps: list[Tensor]) -> None:
             )
 
 
+def _check_device(name: str, tensor: Tensor, maps: Tensor) -> None:
+    if tensor.device != maps.device:
+        raise InputError(f"{name} must be on {maps.device} like the maps, got {tensor.device}")
+
+
 def _check_size(name: str, size: tuple[int, int], most_height: int, most_width: int) -> list[int]:
     height, width = size
+    if int(height) != height or int(width) != width:
+        raise InputError(f"{name} must be integers (H, W), got ({height}, {width})")
     if not (1 <= height <= most_height and 1 <= width <= most_width):
         raise InputError(
             f"{name} must be (H, W) from (1, 1) to ({most_height}, {most_width}), got "

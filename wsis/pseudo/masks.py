@@ -7,6 +7,7 @@ Sizes: ``B`` batch, ``K`` foreground classes, ``H W`` image, ``h w`` feature gri
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -91,7 +92,7 @@ def make_pseudo_masks(
     Args:
         cams_norm: ``[B, K, H, W]`` float in [0, 1], foreground scores.
         image01: ``[B, 3, H, W]`` float in [0, 1], the same images before normalisation.
-        label: ``[B, K]``, multi-hot; only classes of the image are read.
+        label: ``[B, K]``, multi-hot, a class is present where it is not 0; others are not read.
         valid_box: ``[B, 4] int64``, the part that is not padding: y0, y1, x0, x1, half open.
         high: background score below which a class is not trusted.
         low: background score above which background is not trusted.
@@ -107,8 +108,9 @@ def make_pseudo_masks(
         ``[B, H, W] int64``: 0 background, 1..K class ids, 255 undecided. No gradient.
 
     Raises:
-        InputError: shapes or devices that do not fit each other, ``low > high``, or arguments of
-            the refinement that it refuses.
+        InputError: shapes or devices that do not fit each other, more than 254 classes, thresholds
+            that descend or are no numbers, CAMs that are not finite (on CUDA, where looking would
+            wait, NaN is background), or arguments of the refinement that it refuses.
 
     Example:
         >>> cams, image = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
@@ -127,11 +129,16 @@ def make_pseudo_masks(
     for name, (tensor, shape) in expected.items():
         if list(tensor.shape) != shape:
             raise InputError(f"{name} must be {shape}, got {list(tensor.shape)}")
-    if low > high:
-        raise InputError(f"the low threshold must not exceed the high one, got {low} > {high}")
-
-    if down_scale < 1:
-        raise InputError(f"down_scale must be 1 or more, got {down_scale}")
+    if classes >= IGNORE:
+        raise InputError(
+            f"at most {IGNORE - 1} classes, as {IGNORE} means undecided, got {classes}"
+        )
+    if not -math.inf < low <= high < math.inf:
+        raise InputError(
+            f"low must not exceed high and both must be numbers, got low={low}, high={high}"
+        )
+    if not isinstance(down_scale, int) or down_scale < 1:
+        raise InputError(f"down_scale must be 1 or more and an integer, got {down_scale}")
     for name, tensor in (("image01", image01), ("label", label), ("valid_box", valid_box)):
         if tensor.device != cams_norm.device:
             raise InputError(f"{name} must be on {cams_norm.device}, got {tensor.device}")
@@ -143,6 +150,8 @@ def make_pseudo_masks(
     cams, present, box = as_float(cams_norm), label != 0, valid_box.long()
     reduced = (max(height // down_scale, 1), max(width // down_scale, 1))
     unit = pseudo_unit(cams, present, box) if relative else None
+    if _may_look(cams) and not cams.isfinite().all():
+        raise InputError("cams_norm must be finite, got NaN or infinity")
     stack, counts, ids = pseudo_stack(
         cams, present, reduced, high=high, low=low, unit=unit, room=_room(present)
     )
@@ -156,8 +165,13 @@ def make_pseudo_masks(
     return pseudo_labels(stack, counts, ids, box, (height, width), ignore_index=IGNORE)
 
 
+def _may_look(tensor: Tensor) -> bool:
+    """Whether a value can be read without waiting for a device or breaking a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _room(present: Tensor) -> int:
-    """How many planes to keep for classes: on CUDA, or in a graph, for all, as nobody may look."""
-    if present.device.type != "cpu" or torch.compiler.is_compiling():
+    """How many planes to keep for classes: for all where nobody may look."""
+    if not _may_look(present):
         return present.shape[1]
     return int(present.sum(dim=1).max()) if present.numel() else 0

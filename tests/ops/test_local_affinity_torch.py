@@ -158,10 +158,10 @@ IMAGE, MASKS = torch.rand(1, 3, 4, 4), torch.rand(1, 1, 4, 4)
         (lambda: par(IMAGE, MASKS[0]), r"masks must be \[B, C, h, w\].*got \[1, 4, 4\]"),
         (lambda: par(IMAGE, MASKS[..., :0]), "masks must not be empty"),
         (lambda: par(IMAGE, MASKS.to("meta")), "masks must be on cpu like the rest, got meta"),
-        (lambda: par(IMAGE, MASKS, iterations=-1), "iterations must be 0 or more, got -1"),
+        (lambda: par(IMAGE, MASKS, iterations=-1), "iterations must be 0 or more.*got -1"),
         (lambda: refine(IMAGE, MASKS, "par", counts=torch.ones(2)), r"counts must be \[B=1\] int"),
         (lambda: propagate(MASKS, torch.rand(1, 8, 4, 4), (1, 2)), "weights must"),
-        (lambda: propagate(MASKS[0], torch.rand(1, 8, 4, 4), (1,)), "weights must"),
+        (lambda: propagate(MASKS[0], torch.rand(1, 8, 4, 4), (1,)), "masks must be"),
         (
             lambda: propagate(MASKS, torch.rand(1, 8, 4, 4, requires_grad=True), (1,)),
             "weights must not require",

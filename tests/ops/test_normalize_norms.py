@@ -197,7 +197,8 @@ def test_works_after_fork(monkeypatch):
     monkeypatch.setattr(_native, "num_threads", lambda: 4)
     monkeypatch.setattr(_native, "_TOUCHED_PER_THREAD", 1)
     expected = forward_only(1)  # threads have run in the parent
-    with multiprocessing.get_context("fork").Pool(2) as pool:
+    # torch's own threads do not survive a fork; its DataLoader workers start the same way
+    with multiprocessing.get_context("fork").Pool(2, torch.set_num_threads, (1,)) as pool:
         results = pool.map_async(forward_only, [1] * 4).get(timeout=20)
     assert all(np.array_equal(scores, expected) for scores in results)
 

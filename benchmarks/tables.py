@@ -28,18 +28,27 @@ def number(value: float | None) -> str:
 
 
 def operators(name: str) -> str:
-    """One subject of benchmarks/run.py; the ratio is to the group's baseline, in the same run."""
+    """One subject of benchmarks/run.py: a line for everything that wsis is held against."""
     result = read(name)
-    memory = any("peak_mib" in row for row in result["benchmarks"])
-    lines = ["| operation | how | median, ms | ratio |", "|---|---|---|---|"]
-    if memory:
-        lines = [lines[0] + " memory, MiB |", lines[1] + "---|"]
+    groups: dict[str, dict[str, dict]] = {}
     for row in result["benchmarks"]:
         how = re.sub(r"(.*\[)?([^\]]*?-)?([^\]-]*)\]?", r"\3", row["name"]).replace("_", " ")
-        ratio = f"{row['ratio']:.1f}" if row["ratio"] >= 0.1 else f"{row['ratio']:.2f}"
-        line = f"| {row['group']} | {how} | {row['median_ms']:.2f} | {ratio} |"
-        lines.append(line + (f" {row.get('peak_mib', '-')} |" if memory else ""))
-    return "\n".join([*lines, "", source(result) + ", 1 thread."])
+        groups.setdefault(row["group"], {})[how] = row
+    memory = any("peak_mib" in row for row in result["benchmarks"])
+    lines = ["| operation | wsis, ms | against | ms | ratio |", "|---|---|---|---|---|"]
+    if memory:
+        lines = [lines[0] + " wsis, MiB | other, MiB |", lines[1] + "---|---|"]
+    for group, rows in groups.items():
+        ours = rows.pop("wsis")
+        for how, other in rows.items():
+            ratio = other["median_ms"] / ours["median_ms"]
+            cells = [group, f"{ours['median_ms']:.2f}", how, f"{other['median_ms']:.2f}"]
+            cells.append(f"{ratio:.1f}" if ratio >= 0.1 else f"{ratio:.2f}")
+            if memory:
+                cells += [str(row.get("peak_mib", "-")) for row in (ours, other)]
+            lines.append(f"| {' | '.join(cells)} |")
+    threads = result["threads"] + (" thread" if result["threads"] == "1" else " threads")
+    return "\n".join([*lines, "", f"{source(result)}, {threads}."])
 
 
 def headline() -> str:

@@ -59,4 +59,4 @@ class CrossRefinement(nn.Module):
         )
         shallow = self.shallow(torch.cat([picture, F.relu(self.reduce4(conv4))], 1))
         deep = self.deep(torch.cat([F.relu(self.reduce5(conv5)), F.relu(self.reduce6(conv6))], 1))
-        return (pixel_correlation(seed, shallow) + pixel_correlation(seed, deep)) / 2
+        return pixel_correlation(seed, [shallow, deep])

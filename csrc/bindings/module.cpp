@@ -9,6 +9,7 @@ namespace wsis {
 
 void bind_confusion(py::module_& m);
 void bind_normalize(py::module_& m);
+void bind_gated_crf(py::module_& m);
 void bind_local_affinity(py::module_& m);
 void bind_pixel_correlation(py::module_& m);
 void bind_pseudo_masks(py::module_& m);
@@ -39,6 +40,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &wsis::build_info);
   wsis::bind_confusion(m);
   wsis::bind_normalize(m);
+  wsis::bind_gated_crf(m);
   wsis::bind_local_affinity(m);
   wsis::bind_pixel_correlation(m);
   wsis::bind_pseudo_masks(m);

@@ -13,6 +13,7 @@ _HOME = {
     "cams_to_labels": "normalize",
     "confusion_matrix": "confusion",
     "ctr_scores": "norms",
+    "gated_crf_loss": "gated_crf",
     "local_affinity": "local_affinity",
     "max_norm": "norms",
     "normalize_cams": "normalize",
@@ -25,6 +26,7 @@ _HOME = {
     "seed_scores": "norms",
     "threshold_curve": "confusion",
     "varm": "local_affinity",
+    "window_filter": "gated_crf",
 }
 
 __all__ = sorted(_HOME)

@@ -2,6 +2,9 @@
 
     from wsis.compat import PAMR, PAR, VARM
     from wsis.compat import cam_to_label, max_norm, refine_cams_with_bkg_v2
+    from wsis.compat import crf_inference, crf_inference_label
+    from wsis.compat.pydensecrf import densecrf, utils
+    from wsis.compat import install  # makes `import pydensecrf` work in a program
 
 Names are looked up on first use, so that importing this package costs nothing.
 """
@@ -12,10 +15,20 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "DenseCRF": "crf",
+    "DenseCRFLoss": "energy",
+    "DenseEnergyLoss": "energy",
+    "ModelLossSemsegGatedCRF": "energy",
     "PAMR": "refiners",
     "PAR": "refiners",
     "VARM": "refiners",
+    "_crf_with_alpha": "crf",
     "cam_to_label": "camutils",
+    "crf_inference": "crf",
+    "crf_inference_inf": "crf",
+    "crf_inference_label": "crf",
+    "get_energy_loss": "energy",
+    "install": "_install",
     "max_norm": "camutils",
     "refine_cams_with_bkg_v2": "camutils",
 }

@@ -14,6 +14,8 @@ void bind_gated_crf(py::module_& m);
 void bind_local_affinity(py::module_& m);
 void bind_pixel_correlation(py::module_& m);
 void bind_pseudo_masks(py::module_& m);
+void bind_permutohedral(py::module_& m);
+void bind_dense_crf(py::module_& m);
 
 namespace {
 
@@ -46,4 +48,6 @@ PYBIND11_MODULE(_C, m) {
   wsis::bind_local_affinity(m);
   wsis::bind_pixel_correlation(m);
   wsis::bind_pseudo_masks(m);
+  wsis::bind_permutohedral(m);
+  wsis::bind_dense_crf(m);
 }

@@ -1,0 +1,406 @@
+// Building a lattice: corners of all pixels, tile by tile; then numbers for the vertices; then lines.
+//
+// Most of the work is done inside tiles, which threads share: a tile finds its own distinct vertices
+// in a table that stays in the first-level cache, and only those (about one in ten corners) are then
+// looked up in the image's table, one tile after the other, so that numbers do not depend on threads.
+
+// Which vertices exist must not depend on the instruction set; before everything that is inlined.
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "cpu/parallel.h"
+#include "cpu/permutohedral.h"
+#include "cpu/simd.h"
+
+namespace wsis::cpu {
+namespace {
+
+using kernels::KeyLayout;
+using kernels::kMaxDims;
+
+#if defined(__SIZEOF_INT128__)
+using WideKey = unsigned __int128;
+#else
+using WideKey = uint64_t;
+#endif
+
+// ---- memory ------------------------------------------------------------------------------------
+
+template <class Key>
+struct Scratch {
+  Key* listed;      // vertex lists of the tiles, later the successor of each vertex along an axis
+  Key* keys;        // of the vertices
+  uint32_t* rows;   // as in Lattice
+  int16_t* counts;  // as in Lattice
+  uint32_t* table;  // open addressing: number of a vertex plus 1, or 0
+  int64_t capacity;
+
+  Scratch(int64_t* memory, int64_t corners) {
+    constexpr int64_t kWords = sizeof(Key) / 8;
+    const auto aligned = (reinterpret_cast<uintptr_t>(memory) + 15) / 16 * 16;
+    listed = reinterpret_cast<Key*>(aligned);
+    keys = listed + corners;
+    int64_t* rest = reinterpret_cast<int64_t*>(aligned) + 2 * kWords * corners;
+    rows = reinterpret_cast<uint32_t*>(rest);
+    counts = reinterpret_cast<int16_t*>(rest + (corners + 1) / 2);
+    table = reinterpret_cast<uint32_t*>(rest + (corners + 1) / 2 + (corners + 3) / 4);
+    capacity = capacity_for(corners);
+  }
+  static int64_t capacity_for(int64_t corners) {
+    int64_t capacity = 4096;
+    while (capacity <= 2 * corners) capacity *= 2;
+    return capacity;
+  }
+};
+
+// ---- features ----------------------------------------------------------------------------------
+
+float channel_value(const Points& points, int32_t channel, int64_t pixel) {
+  const int64_t at = points.interleaved
+                         ? pixel * points.channels + channel
+                         : channel * int64_t{points.height} * points.width + pixel;
+  return points.bytes ? static_cast<const uint8_t*>(points.image)[at]
+                      : static_cast<const float*>(points.image)[at];
+}
+
+// Of every feature; false if one is not finite. Bytes may have any value.
+bool find_range(const Points& points, float* low, float* high) {
+  int32_t at = 0;
+  if (points.widths_xy) {
+    low[0] = low[1] = 0;
+    high[0] = static_cast<float>(points.width - 1) / points.widths_xy[0];
+    high[1] = static_cast<float>(points.height - 1) / points.widths_xy[1];
+    at = 2;
+  }
+  const int64_t pixels = int64_t{points.height} * points.width;
+  for (int32_t c = 0; c < points.channels; ++c) {
+    float least = 0, most = 255;
+    if (!points.bytes) {
+      least = std::numeric_limits<float>::infinity(), most = -least;
+      bool finite = true;
+      for (int64_t p = 0; p < pixels; ++p) {
+        const float value = channel_value(points, c, p);
+        finite = finite && std::fabs(value) <= std::numeric_limits<float>::max();
+        least = std::min(least, value);
+        most = std::max(most, value);
+      }
+      if (!finite) return false;
+    }
+    low[at + c] = least / points.widths[c];
+    high[at + c] = most / points.widths[c];
+  }
+  return true;
+}
+
+// ---- corners of a tile -------------------------------------------------------------------------
+
+template <class Key, int kDims>
+struct EmbedTiles {
+  static constexpr int kMost = kDims ? kDims : kMaxDims;
+  static constexpr int kBits = kDims == 2 || kDims == 3 ? 9 : kDims ? 10 : 13;
+  static constexpr int32_t kPlaces = kTilePixels * (kMost + 1);
+  static_assert((1 << kBits) > kPlaces + kPlaces / 4, "the table of a tile must not fill up");
+
+  const Points& points;
+  const Tiles& tiles;
+  const KeyLayout<Key>& layout;
+  const float* scale;
+  int64_t begin, end;  // tiles
+  Key* listed;         // this and the next: at the first corner of tile `begin`
+  int16_t* listed_counts;
+  int16_t *slots, *entries;
+  float* weights;
+  int32_t* listed_in;  // [T]
+
+  // What is known of the pixels of one tile.
+  struct Work {
+    float features[kMost][kTilePixels];
+    int32_t corner[kMost + 1][kTilePixels];
+    int32_t by_rank[kMost + 1][kTilePixels];  // the coordinate of each rank
+    float order[kTilePixels];                 // all ranks as one number, for few dimensions
+    float weight[kMost + 1][kTilePixels];
+    Key keys[kPlaces];
+    int16_t counts[kPlaces], moved[kPlaces];
+    uint16_t table[1 << kBits];
+  };
+
+  template <int kBytes>
+  WSIS_INLINE void run() const {
+    Work work;
+    Key* to = listed;
+    int16_t* to_counts = listed_counts;
+    const int dims = kDims ? kDims : layout.dims;
+    for (int64_t t = begin; t < end; ++t) {
+      const Tile tile = tiles[t];
+      load_features(tile, work);
+      for (int p = 0; p < tile.pixels(); p += kBytes / 4) place<Vector<float, kBytes>>(p, work);
+      const int64_t at = tile.first * (dims + 1);
+      const int32_t count = list(tile.pixels(), slots + at, weights + at, work);
+      sort(count, tile.pixels() * (dims + 1), slots + at, entries + at, to, to_counts, work);
+      listed_in[t] = count;
+      to += count;
+      to_counts += count;
+    }
+  }
+
+  WSIS_INLINE void load_features(const Tile& tile, Work& work) const {
+    const int32_t spatial = points.widths_xy ? 2 : 0;
+    int p = 0;
+    for (int32_t y = tile.y; y < tile.y + tile.height; ++y) {
+      const int64_t row = int64_t{y} * points.width + tile.x;
+      if (spatial) {
+        for (int32_t i = 0; i < tile.width; ++i) {
+          work.features[0][p + i] = static_cast<float>(tile.x + i) / points.widths_xy[0];
+          work.features[1][p + i] = static_cast<float>(y) / points.widths_xy[1];
+        }
+      }
+      for (int32_t c = 0; c < points.channels; ++c)
+        for (int32_t i = 0; i < tile.width; ++i)
+          work.features[spatial + c][p + i] = channel_value(points, c, row + i) / points.widths[c];
+      p += tile.width;
+    }
+    const int dims = kDims ? kDims : layout.dims;
+    for (; p < kTilePixels && p % 16 != 0; ++p)  // the rest of a vector
+      for (int j = 0; j < dims; ++j) work.features[j][p] = work.features[j][0];
+  }
+
+  template <class V>
+  WSIS_INLINE void place(int p, Work& work) const {
+    using Integers = Vector<int32_t, sizeof(V)>;
+    const int dims = kDims ? kDims : layout.dims;
+    V features[kMost], corner[kMost + 1], rank[kMost + 1], weight[kMost + 1];
+    for (int j = 0; j < dims; ++j) features[j] = load<V>(&work.features[j][p]);
+    kernels::embed<kDims>(features, scale, dims, corner, rank, weight);
+    V order{};
+    for (int i = 0; i <= dims; ++i) {
+      store(&work.corner[i][p], __builtin_convertvector(corner[i], Integers));
+      store(&work.weight[i][p], weight[i]);
+      if constexpr (kDims != 0) order = order * 8.0f + rank[i];
+      V coordinate{};
+      for (int j = 1; j <= dims; ++j)
+        coordinate = rank[j] == V{} + static_cast<float>(i) ? V{} + static_cast<float>(j) : coordinate;
+      store(&work.by_rank[i][p], __builtin_convertvector(coordinate, Integers));
+    }
+    store(&work.order[p], order);
+  }
+
+  // Numbers the distinct vertices of a tile as they come; returns how many.
+  WSIS_INLINE int32_t list(int pixels, int16_t* slot, float* weight, Work& work) const {
+    const int dims = kDims ? kDims : layout.dims;
+    std::memset(work.table, 0, sizeof(work.table));
+    int32_t count = 0;
+    Key before = 0;
+    for (int p = 0; p < pixels; ++p, slot += dims + 1, weight += dims + 1) {
+      for (int r = 0; r <= dims; ++r) weight[r] = work.weight[r][p];
+      int32_t coordinates[kMost];
+      for (int i = 0; i < dims; ++i) coordinates[i] = work.corner[i][p];
+      Key key = layout.pack(coordinates, dims);
+      if (kDims != 0 && p > 0 && key == before && work.order[p] == work.order[p - 1]) {
+        for (int r = 0; r <= dims; ++r) ++work.counts[slot[r] = slot[r - dims - 1]];
+        continue;
+      }
+      before = key;
+      for (int r = 0; r <= dims; ++r) {
+        if (r > 0) key = layout.next_corner(key, work.by_rank[dims - r + 1][p]);
+        uint32_t at = static_cast<uint32_t>(kernels::mix(key) >> (64 - kBits));
+        while (work.table[at] && work.keys[work.table[at] - 1] != key) at = (at + 1) % (1 << kBits);
+        if (!work.table[at]) {
+          work.keys[count] = key;
+          work.counts[count] = 0;
+          work.table[at] = static_cast<uint16_t>(++count);
+        }
+        slot[r] = static_cast<int16_t>(work.table[at] - 1);
+        ++work.counts[slot[r]];
+      }
+    }
+    return count;
+  }
+
+  // Orders the vertices of a tile by falling counts: loops over their entries then have nearly the
+  // same length each time, which the branch predictor learns.
+  WSIS_INLINE void sort(int32_t count, int32_t corners, int16_t* slot, int16_t* entry, Key* to,
+                        int16_t* to_counts, Work& work) const {
+    int16_t begin_of[kTilePixels + 2] = {};
+    for (int32_t v = 0; v < count; ++v) ++begin_of[kTilePixels + 1 - work.counts[v]];
+    for (int n = 1; n <= kTilePixels + 1; ++n) begin_of[n] += begin_of[n - 1];
+    for (int32_t v = 0; v < count; ++v) {
+      const int16_t place = begin_of[kTilePixels - work.counts[v]]++;
+      work.moved[v] = place;
+      to[place] = work.keys[v];
+      to_counts[place] = work.counts[v];
+    }
+    for (int32_t v = 0, next = 0; v < count; ++v) {
+      work.counts[v] = static_cast<int16_t>(next);
+      next += to_counts[v];
+    }
+    for (int32_t e = 0; e < corners; ++e) {
+      slot[e] = work.moved[slot[e]];
+      entry[work.counts[slot[e]]++] = static_cast<int16_t>(e);
+    }
+  }
+};
+
+// ---- vertices of the image ---------------------------------------------------------------------
+
+template <class Key>
+struct Table {
+  uint32_t* places;
+  int bits = 12;
+
+  uint64_t home(Key key) const { return kernels::mix(key) >> (64 - bits); }
+  // The place of a key, or the empty one where it belongs.
+  uint32_t& find(Key key, const Key* keys) const {
+    const uint64_t mask = (uint64_t{1} << bits) - 1;
+    uint64_t at = home(key);
+    while (places[at] && keys[places[at] - 1] != key) at = (at + 1) & mask;
+    return places[at];
+  }
+  void clear() { std::memset(places, 0, sizeof(uint32_t) << bits); }
+  static int bits_for(int64_t vertices) {
+    int bits = 12;
+    while ((int64_t{1} << bits) < 2 * vertices) ++bits;
+    return bits;
+  }
+};
+
+// Moves the lists of the parts together and numbers their vertices; returns M.
+template <class Key>
+int64_t number(const int32_t* first, int64_t num_tiles, int32_t parts, const Tiles& tiles, int dims,
+               Scratch<Key>& scratch) {
+  Table<Key> table{scratch.table};
+  table.clear();
+  int64_t vertices = 0, to = 0;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t begin = num_tiles * part / parts, end = num_tiles * (part + 1) / parts;
+    if (begin == end) continue;
+    int64_t from = tiles[begin].first * (dims + 1);
+    for (const int64_t stop = from + first[end] - first[begin]; from < stop; ++from, ++to) {
+      const Key key = scratch.listed[from];
+      uint32_t* place = &table.find(key, scratch.keys);
+      scratch.rows[to] = *place - 1;
+      scratch.counts[to] = scratch.counts[from];
+      if (*place) continue;
+      scratch.keys[vertices] = key;
+      scratch.rows[to] = static_cast<uint32_t>(vertices) | kFlag;
+      *place = static_cast<uint32_t>(++vertices);
+      if (2 * vertices < int64_t{1} << table.bits) continue;
+      ++table.bits;
+      table.clear();
+      for (int64_t v = 0; v < vertices; ++v)
+        table.find(scratch.keys[v], scratch.keys) = static_cast<uint32_t>(v + 1);
+    }
+  }
+  return vertices;
+}
+
+template <class Key>
+void find_lines(const KeyLayout<Key>& layout, int64_t vertices, int32_t parts,
+                Scratch<Key>& scratch, uint32_t* lines) {
+  const Table<Key> table{scratch.table, Table<Key>::bits_for(vertices + 1)};
+  uint32_t* next = reinterpret_cast<uint32_t*>(scratch.listed);  // number plus 1, or 0
+  uint8_t* follows = reinterpret_cast<uint8_t*>(next + vertices);
+  constexpr int64_t kAhead = 8;
+  for (int axis = 0; axis <= layout.dims; ++axis, lines += vertices) {
+    const Key step = layout.step(axis);
+    std::memset(follows, 0, vertices);
+    parallel_for(vertices, parts, [&](int, int64_t begin, int64_t end) {
+      for (int64_t v = begin; v < end; ++v) {
+        if (v + kAhead < vertices)
+          __builtin_prefetch(&table.places[table.home(scratch.keys[v + kAhead] + step)]);
+        next[v] = table.find(scratch.keys[v] + step, scratch.keys);
+        if (next[v]) follows[next[v] - 1] = 1;  // of one vertex only
+      }
+    });
+    int64_t to = 0;
+    for (int64_t v = 0; v < vertices; ++v) {
+      if (follows[v]) continue;
+      lines[to++] = static_cast<uint32_t>(v) | kFlag;
+      for (uint32_t at = next[v]; at; at = next[at - 1]) lines[to++] = at - 1;
+    }
+  }
+}
+
+// Calls body(Key{}, layout) with keys that are wide enough; false if there are none.
+template <class Body>
+bool with_keys(const Points& points, Body body) {
+  float low[kMaxDims], high[kMaxDims];
+  find_range(points, low, high);
+  KeyLayout<uint64_t> narrow;
+  const int bits = kernels::make_layout(low, high, points.dims(), &narrow);
+  if (bits <= 64) {
+    body(narrow);
+    return true;
+  }
+  KeyLayout<WideKey> wide;
+  if (bits > static_cast<int>(8 * sizeof(WideKey))) return false;
+  kernels::make_layout(low, high, points.dims(), &wide);
+  body(wide);
+  return true;
+}
+
+}  // namespace
+
+int64_t lattice_scratch_size(int64_t pixels, int32_t dims) {
+  const int64_t corners = pixels * (dims + 1);
+  constexpr int64_t kWords = sizeof(WideKey) / 8;
+  return 2 + 2 * kWords * corners + (corners + 1) / 2 + (corners + 3) / 4 +
+         Scratch<uint64_t>::capacity_for(corners) / 2;
+}
+
+Sizes embed(const Points& points, int32_t parts, int64_t* memory, int16_t* slots, float* weights,
+            int16_t* entries, int32_t* first) {
+  const int32_t dims = points.dims();
+  const Tiles tiles(points.height, points.width);
+  float scale[kMaxDims], low[kMaxDims], high[kMaxDims];
+  if (!find_range(points, low, high)) return {-1, 0};
+  for (int i = 0; i < dims; ++i) scale[i] = kernels::axis_scale(i, dims);
+  Sizes sizes{-2, 0};
+  with_keys(points, [&](const auto& layout) {
+    using Key = std::remove_const_t<std::remove_reference_t<decltype(layout.ones)>>;
+    Scratch<Key> scratch(memory, tiles.pixels() * (dims + 1));
+    parallel_for(tiles.count(), parts, [&](int, int64_t begin, int64_t end) {
+      if (begin == end) return;
+      const int64_t at = tiles[begin].first * (dims + 1);
+      const auto with = [&](auto constant) {
+        dispatch(EmbedTiles<Key, decltype(constant)::value>{
+            points, tiles, layout, scale, begin, end, scratch.listed + at, scratch.counts + at,
+            slots, entries, weights, first + 1});
+      };
+      switch (dims) {
+        case 2:
+          return with(std::integral_constant<int, 2>{});
+        case 3:
+          return with(std::integral_constant<int, 3>{});
+        case 5:
+          return with(std::integral_constant<int, 5>{});
+        default:
+          return with(std::integral_constant<int, 0>{});
+      }
+    });
+    first[0] = 0;
+    for (int64_t t = 0; t < tiles.count(); ++t) first[t + 1] += first[t];
+    sizes.listed = first[tiles.count()];
+    sizes.vertices = number(first, tiles.count(), parts, tiles, dims, scratch);
+  });
+  return sizes;
+}
+
+void finish(const Points& points, Sizes sizes, int32_t parts, int64_t* memory, uint32_t* rows,
+            int16_t* counts, uint32_t* lines) {
+  with_keys(points, [&](const auto& layout) {
+    using Key = std::remove_const_t<std::remove_reference_t<decltype(layout.ones)>>;
+    Scratch<Key> scratch(memory, int64_t{points.height} * points.width * (points.dims() + 1));
+    std::memcpy(rows, scratch.rows, sizes.listed * sizeof(uint32_t));
+    std::memcpy(counts, scratch.counts, sizes.listed * sizeof(int16_t));
+    find_lines(layout, sizes.vertices, parts, scratch, lines);
+  });
+}
+
+}  // namespace wsis::cpu

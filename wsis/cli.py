@@ -27,6 +27,7 @@ usage: wsis COMMAND [OPTIONS]
   train      learn masks from image-level labels; then evaluate and write the report
   evaluate   score a trained run, or a folder of mask PNGs
   predict    masks of one image or a folder of images
+  refine     stored CAMs, probabilities or labels of a folder of images to masks
   data       check a data set, or look at a sample of it
   convert    the official RTC checkpoint to a wsis weights file
   doctor     what is installed, what was built, which devices there are
@@ -231,6 +232,9 @@ def _evaluate(arguments: list[str]) -> int:
     parser.add_argument("--flip", type=bool | None, default=None)
     parser.add_argument("--background", type=float | None, default=None)
     parser.add_argument("--base_long", type=int | None, default=None)
+    parser.add_argument(
+        "--crf", type=str | None, default=None, help="preset of a dense CRF on the scores, or none"
+    )
     parser.add_argument("--device", type=str | None, default=None, help="auto | cpu | cuda | ...")
     parser.add_argument(
         "--out",
@@ -256,7 +260,10 @@ def _evaluate(arguments: list[str]) -> int:
         raise InputError("give either a run folder or --masks FOLDER; see wsis evaluate --help")
     from wsis.evaluate.run import evaluate_masks, evaluate_run
 
-    only_masks, only_run = ("dataset", "unsure"), ("scales", "flip", "background", "base_long")
+    only_masks, only_run = (
+        ("dataset", "unsure"),
+        ("scales", "flip", "background", "base_long", "crf"),
+    )
     for name in only_masks if options.masks is None else only_run:
         if getattr(options, name) is not None:
             where = "--masks FOLDER" if name in only_masks else "a run folder"
@@ -276,7 +283,8 @@ def _evaluate(arguments: list[str]) -> int:
     folder = Path(options.run)
     config = load_config(folder / "config.yaml")
     stored = config.as_dict()
-    for name in ("scales", "flip", "background", "base_long", "convention"):
+    _check_crf(options.crf)
+    for name in ("scales", "flip", "background", "base_long", "convention", "crf"):
         if (value := getattr(options, name)) is not None:
             setattr(config.predict, name, tuple(value) if name == "scales" else value)
     config.data.val_split = options.split or config.data.val_split
@@ -288,6 +296,14 @@ def _evaluate(arguments: list[str]) -> int:
     choice = "given to wsis evaluate, after training" if options.background is not None else ""
     print(evaluate_run(config, folder, weights=options.weights, out=out, background_choice=choice))
     return 0
+
+
+def _check_crf(name: str | None) -> None:
+    """A misspelt preset is said before anything is loaded or run."""
+    if name not in (None, "none"):
+        from wsis.offline.crf import check_preset
+
+        check_preset(name)
 
 
 def _next_free(path: Path) -> Path:
@@ -302,12 +318,17 @@ def _predict(arguments: list[str]) -> int:
     parser.add_argument("--out", type=str, default="predictions", help="where the PNGs go")
     parser.add_argument("--weights", type=str, default="last", help="last | best | a weights file")
     parser.add_argument("--overlay", type=bool, default=True, help="also write image + mask JPEGs")
+    parser.add_argument(
+        "--crf", type=str | None, default=None, help="preset of a dense CRF on the scores, or none"
+    )
     parser.add_argument("--device", type=str | None, default=None, help="auto | cpu | cuda | ...")
     options = parser.parse_args(arguments)
     from wsis.evaluate.run import predict_files
 
+    _check_crf(options.crf)
     folder = Path(options.run)
     config = load_config(folder / "config.yaml")
+    config.predict.crf = options.crf or config.predict.crf
     config.device = options.device or config.device
     count = predict_files(
         config,
@@ -319,6 +340,12 @@ def _predict(arguments: list[str]) -> int:
     )
     print(f"{count} masks written to {options.out}")
     return 0
+
+
+def _refine(arguments: list[str]) -> int:
+    from wsis.cli_refine import refine
+
+    return refine(arguments)
 
 
 def _data(arguments: list[str]) -> int:
@@ -383,6 +410,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
+    "refine": _refine,
     "data": _data,
     "convert": _convert,
     "doctor": _doctor,

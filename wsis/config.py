@@ -148,6 +148,7 @@ class PredictConfig:
         base_long: first resize the long side to this, for networks trained at small crops;
             null keeps the image as it is.
         convention: how IoU is averaged over classes (see `wsis evaluate --help`).
+        crf: preset of a dense CRF that makes the masks from the scores, or `none`.
     """
 
     scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
@@ -157,6 +158,7 @@ class PredictConfig:
     gate: bool = True
     base_long: int | None = None
     convention: str = "voc"
+    crf: str = "none"
 
 
 @dataclass

@@ -69,6 +69,21 @@ def test_steps_and_divergence(picture):
         )
 
 
+def test_labels_that_are_impossible(picture):
+    image, probs = picture
+    probs = probs.copy()
+    probs[1, :30] = 0  # energies of infinity
+    results = []
+    for module, helpers in ((dcrf, utils), (ours, our_utils)):
+        crf = module.DenseCRF2D(SHAPE[1], SHAPE[0], 5)
+        with np.errstate(divide="ignore"):
+            crf.setUnaryEnergy(helpers.unary_from_softmax(probs, clip=None))
+        crf.addPairwiseBilateral(80, 13, image, 10)
+        results.append(np.array(crf.inference(5)))
+    np.testing.assert_allclose(results[1], results[0], atol=2e-4)
+    assert not results[1].reshape(probs.shape)[1, :30].any()
+
+
 def test_widths_of_each_axis_and_two_bilateral_terms(picture):
     image, probs = picture
     for calls in (

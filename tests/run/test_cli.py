@@ -44,6 +44,8 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         (["evaluate"], "either a run folder or --masks"),
         (["evaluate", "absent"], "not a run folder"),
         (["predict", "absent", "x.jpg"], "not a run folder"),
+        (["refine", "absent", "also_absent"], "no such folder"),
+        (["refine", "images"], "maps"),
         (["data", "chekc"], "usage"),
         (["data", "check", "--dataset", "voc", "--root", "absent"], "absent"),
         (["convert", "absent.pth", "out.safetensors"], "absent.pth"),

@@ -42,6 +42,21 @@ def trained(tree, tmp_path_factory):
     return base / "run"
 
 
+def test_evaluate_and_predict_with_a_crf(trained, tree, tmp_path, capsys):
+    out = tmp_path / "crf"
+    assert main(["evaluate", str(trained), "--crf", "irn-label", "--out", str(out)]) == 0
+    assert "CRF irn-label;" in capsys.readouterr().out
+    assert json.loads((out / "metrics.json").read_text())["protocol"]["crf"] == "irn-label"
+    assert len(list((out / "masks").glob("*.png"))) == 4
+    image = tree / "JPEGImages" / "val_000.jpg"
+    assert main(["predict", str(trained), str(image), "--out", str(out), "--crf", "irn-label"]) == 0
+    with Image.open(out / "val_000.png") as found, Image.open(out / "masks/val_000.png") as want:
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(want))
+    assert main(["evaluate", str(trained), "--crf", "psaa"]) == 2
+    assert "unknown CRF preset 'psaa'" in capsys.readouterr().err
+    assert main(["predict", str(trained), str(image), "--crf", "psaa"]) == 2
+
+
 def test_a_run_leaves_all_it_promises(trained, tree):
     metrics = json.loads((trained / "metrics.json").read_text())
     assert 0 <= metrics["scores"]["miou"] <= 100

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Protocol:
     """All that moves a segmentation score and is not the network.
 
-    The first six fields are the ones a run configures (`wsis.config.PredictConfig`).
+    Some of the fields are the ones a run configures (`wsis.config.PredictConfig`).
 
     Attributes:
         scales: sizes of the passes relative to the image; empty for stored masks, whose making
@@ -32,7 +32,7 @@ class Protocol:
         background_choice: how the background score was chosen; where empty, `describe` says who
             chose 0.17 and that any other value was set by the user.
         fuse: how passes become one map.
-        crf: constants of a dense CRF, or `none`.
+        crf: preset of a dense CRF on the predicted scores, or `none`.
         image_labels: whether ground-truth image labels were used.
         checkpoint: which weights: `last`, `best on val labels`, ...
         subject: what is scored.
@@ -113,6 +113,7 @@ class Protocol:
             "background": self.background,
             "background_power": self.background_power,
             "gate": self.gate,
+            "crf": self.crf,
         }
 
     def _background(self) -> str:

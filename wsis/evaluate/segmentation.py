@@ -46,8 +46,9 @@ def evaluate_segmentation(
     Args:
         model: the network, see `wsis.offline.predict.predict`.
         dataset: images, labels (for classification mAP only) and masks.
-        protocol: scales, flip, background, gate, base_long and convention to use, and what else is
-            to be said of the numbers; the data set's part is filled in here.
+        protocol: scales, flip, background, gate, base_long, crf and convention to use, and what
+            else is to be said of the numbers; the data set's part is filled in here. A CRF works on
+            each image as it comes; nothing is stored for it.
         out: folder for the predicted masks as palette PNGs ``<id>.png``; None writes none.
         limit: only so many images, spread evenly over the list.
         device: where the passes run; by default where the network's parameters lie.
@@ -81,7 +82,7 @@ def evaluate_segmentation(
             write_mask(Path(out) / f"{name}.png", mask, dataset.mask_ids)
     return {
         **_result(protocol, tally, images),
-        "curve": curve.as_dict(protocol.convention) if scored else None,
+        "curve": _marked(curve.as_dict(protocol.convention), protocol) if scored else None,
         "classification": classification.scores(),
     }
 
@@ -233,6 +234,13 @@ def format_table(classes: Sequence[str], result_scores: Mapping[str, Any]) -> st
     lines = [f"{name:<{width}}  {_number(value)}" for name, value in rows + means]
     head = f"{'class':<{width}}   IoU %"
     return "\n".join([head, rule, *lines[: len(rows)], rule, *lines[len(rows) :]])
+
+
+def _marked(curve: dict[str, Any], protocol: Protocol) -> dict[str, Any]:
+    """The curve is that of the scores; a CRF would have to run once per threshold."""
+    if protocol.crf != "none":
+        curve["note"] += ", and without the CRF"
+    return curve
 
 
 def _number(value: float | None) -> str:

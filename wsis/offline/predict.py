@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,6 +58,7 @@ def predict(
     background_power: float | None = None,
     gate: bool = True,
     base_long: int | None = None,
+    crf: str = "none",
     device: torch.device | str | None = None,
 ) -> Prediction:
     """Segment one image without knowing its label.
@@ -75,13 +77,16 @@ def predict(
         gate: multiply every class by its image-level probability.
         base_long: long side, in pixels, to which the image is first resized, for networks trained
             at small crops; None keeps its size. The answer lies at the original size either way.
+        crf: preset of a dense CRF that makes the mask from the background's and the foreground
+            scores (`wsis.offline.crf`), or `none`; the scores stay as they are.
         device: where the passes run; by default where the network's parameters lie.
 
     Returns:
         The prediction at the image's own size, on the CPU.
 
     Raises:
-        InputError: the image is not RGB, a scale is not positive, or the scores are not finite.
+        InputError: the image is not RGB, a scale is not positive, the scores are not finite, or
+            there is no such preset.
     """
     passes = run_passes(
         model, image, scales=scales, flip=flip, base_long=base_long, device=device, decode=True
@@ -95,7 +100,6 @@ def predict(
             size=(image.height, image.width),
             gate=gate,
         )
-        scores = scores.cpu()
         if not torch.isfinite(scores).all():
             raise InputError(
                 "the network's scores are not finite: expected a trained network, got one whose "
@@ -103,8 +107,15 @@ def predict(
             )
         level: float | Tensor = background
         if background_power is not None:
-            level = own_background.cpu() ** background_power
-        return Prediction(scores, predict_masks(scores, level), class_probs.cpu())
+            level = own_background**background_power
+        if crf == "none":
+            mask = predict_masks(scores, level)
+        else:
+            from wsis.offline.crf import crf_of_scores
+
+            behind = torch.as_tensor(level, device=scores.device).expand(1, *scores.shape[1:])
+            mask = crf_of_scores(np.asarray(image), torch.cat([behind, scores]), crf)
+        return Prediction(scores.cpu(), mask.to("cpu", torch.uint8), class_probs.cpu())
 
 
 def predict_masks(scores: Tensor, background: float | Tensor) -> Tensor:

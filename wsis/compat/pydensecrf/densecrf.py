@@ -305,6 +305,8 @@ class DenseCRF2D(DenseCRF):
         (2, 2, 3)
     """
 
+    _size: tuple[int, int]
+
     def __new__(cls, w: int, h: int, nlabels: int, *_: Any, **__: Any) -> DenseCRF2D:
         """See :class:`DenseCRF`."""
         width, height = arguments.integer(w), arguments.integer(h)
@@ -333,10 +335,10 @@ class DenseCRF2D(DenseCRF):
         Raises:
             ValueError: a width that is not positive, or a compatibility that does not fit.
         """
-        widths = arguments.widths("sxy", sxy, 2)
+        sx, sy = arguments.widths("sxy", sxy, 2)
         self._add(
             lambda threads: _lattice.build_image(
-                self._size, np.empty, spatial=widths, threads=threads
+                self._size, np.empty, spatial=(sx, sy), threads=threads
             ),
             compat,
             kernel,
@@ -373,18 +375,17 @@ class DenseCRF2D(DenseCRF):
                 "`utils.create_pairwise_bilateral` to construct your own pairwise energy and add "
                 f"it through `addPairwiseEnergy` (got {tuple(image.shape)})."
             )
-        assert self._size is not None
         if image.shape[:2] != self._size:
             raise InputError(
                 f"Bad shape for pairwise bilateral (Need {(*self._size, 3)}, "
                 f"got {tuple(image.shape)})"
             )
-        widths, channels = arguments.widths("sxy", sxy, 2), arguments.widths("srgb", srgb, 3)
+        (sx, sy), channels = arguments.widths("sxy", sxy, 2), arguments.widths("srgb", srgb, 3)
         self._add(
             lambda threads: _lattice.build_image(
                 self._size,
                 np.empty,
-                spatial=widths,
+                spatial=(sx, sy),
                 image=image[None],
                 channels_last=True,
                 widths=channels,

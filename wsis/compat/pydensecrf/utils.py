@@ -188,7 +188,7 @@ def create_pairwise_bilateral(
     return features.reshape(len(features), -1)
 
 
-def _widths(name: str, given: Any, count: int) -> list[np.float32]:
+def _widths(name: str, given: Any, count: int) -> list[float]:
     """``count`` positive widths; a number stands for all of them."""
     values = np.asarray(given, np.float64)
     if values.ndim == 0:
@@ -198,4 +198,4 @@ def _widths(name: str, given: Any, count: int) -> list[np.float32]:
     # `not >` also refuses NaN.
     if not (values > 0).all() or not np.isfinite(values).all():
         raise InputError(f"{name} must be positive, got {given}")
-    return list(values.astype(np.float32))
+    return values.tolist()

@@ -7,6 +7,9 @@
 #include <pybind11/stl.h>
 
 #include "bindings/bindings.h"
+#if defined(WSIS_WITH_CUDA)
+#include "cuda/pixel_correlation.h"
+#endif
 
 namespace wsis {
 namespace {
@@ -122,12 +125,76 @@ void pixel_correlation_backward_cpu(const Array& gradient,         // [B, C, N]
   });
 }
 
+#if defined(WSIS_WITH_CUDA)
+void check_grid(const cpu::Correlation& call) {
+  require(call.classes <= 65535 * 63 && call.depth <= 65535 * 128, "there are too many channels");
+}
+
+void pixel_correlation_cuda(const Array& cams,      // [B, C, N]
+                            const Array& features,  // [B, D, N]
+                            const Array& saved,     // [B, C + 1, N], out
+                            const Array& result,    // [B, C, N], added to
+                            const Array& units,     // [B, D, N], scratch
+                            const Array& norms,     // [B, N], scratch
+                            int64_t similarity, double eps, double sum_eps, double inverse,
+                            double share, uintptr_t stream) {
+  const cpu::Correlation call =
+      check(cams, features, saved, similarity, eps, sum_eps, inverse, share, 1, kGpu);
+  check_grid(call);
+  expect_output(saved, "saved", kGpu, cams.dtype, saved.shape);
+  expect_output(result, "result", kGpu, cams.dtype, cams.shape);
+  expect_output(units, "units", kGpu, cams.dtype, features.shape);
+  expect_output(norms, "norms", kGpu, cams.dtype, {call.batch, call.pixels});
+  if (cams.size() == 0) return;
+  with_float(cams, [&](auto type) {
+    using T = decltype(type);
+    cuda::pixel_correlation(cams.data<const T>(), features.data<const T>(), call,
+                            {cams.device_id, stream}, units.data<T>(), norms.data<T>(),
+                            saved.data<T>(), result.data<T>());
+  });
+}
+
+void pixel_correlation_backward_cuda(const Array& gradient,                // [B, C, N]
+                                     const Array& cams,                    // [B, C, N]
+                                     const Array& features,                // [B, D, N]
+                                     const Array& saved,                   // [B, C + 1, N]
+                                     const MaybeArray& cams_gradient,      // [B, C, N], added to
+                                     const MaybeArray& features_gradient,  // [B, D, N], out
+                                     const Array& units,                   // [B, D, N], scratch
+                                     const Array& norms,                   // [B, N], scratch
+                                     const Array& terms,  // [B, 2 (C + 1), N], scratch
+                                     int64_t similarity, double eps, double sum_eps,
+                                     double inverse, double share, uintptr_t stream) {
+  const cpu::Correlation call =
+      check(cams, features, saved, similarity, eps, sum_eps, inverse, share, 1, kGpu);
+  check_grid(call);
+  check_gradients(gradient, cams, features, cams_gradient, features_gradient, kGpu);
+  expect_output(units, "units", kGpu, cams.dtype, features.shape);
+  expect_output(norms, "norms", kGpu, cams.dtype, {call.batch, call.pixels});
+  expect_output(terms, "terms", kGpu, cams.dtype,
+                {call.batch, 2 * (int64_t{call.classes} + 1), call.pixels});
+  if (cams.size() == 0) return;
+  with_float(cams, [&](auto type) {
+    using T = decltype(type);
+    cuda::pixel_correlation_backward(gradient.data<const T>(), cams.data<const T>(),
+                                     features.data<const T>(), saved.data<const T>(), call,
+                                     {cams.device_id, stream}, units.data<T>(), norms.data<T>(),
+                                     terms.data<T>(), pointer_of<T>(cams_gradient),
+                                     pointer_of<T>(features_gradient));
+  });
+}
+#endif
+
 }  // namespace
 
 void bind_pixel_correlation(py::module_& m) {
   m.def("pixel_correlation_scratch", &pixel_correlation_scratch);
   m.def("pixel_correlation_cpu", &pixel_correlation_cpu, NoGil());
   m.def("pixel_correlation_backward_cpu", &pixel_correlation_backward_cpu, NoGil());
+#if defined(WSIS_WITH_CUDA)
+  m.def("pixel_correlation_cuda", &pixel_correlation_cuda, NoGil());
+  m.def("pixel_correlation_backward_cuda", &pixel_correlation_backward_cuda, NoGil());
+#endif
 }
 
 }  // namespace wsis

@@ -21,6 +21,7 @@ _HOME = {
     "ModelLossSemsegGatedCRF": "energy",
     "PAMR": "refiners",
     "PAR": "refiners",
+    "PCM": "pcm",
     "VARM": "refiners",
     "_crf_with_alpha": "crf",
     "cam_to_label": "camutils",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsis.ops._native import _C, num_parts, view
+from wsis.ops._native import _C, cuda_function, num_parts, stream, view
 
 LOWEST_TEMPERATURE = 0.02  # exp(-2 / 0.02) is about the smallest weight that float32 can hold
 
@@ -70,8 +70,42 @@ def _backward_cpu(
     )
 
 
-_forward_into: dict[str, Any] = {"cpu": _forward_cpu}
-_backward_into: dict[str, Any] = {"cpu": _backward_cpu}
+def _forward_cuda(cams: Tensor, f: Tensor, saved: Tensor, result: Tensor, options: Any) -> None:
+    cuda_function("pixel_correlation_cuda")(
+        *(view(x) for x in (cams, f, saved, result, torch.empty_like(f), f.new_empty(_norms(f)))),
+        *options,
+        stream(cams),
+    )
+
+
+def _backward_cuda(
+    gradient: Tensor,
+    cams: Tensor,
+    f: Tensor,
+    saved: Tensor,
+    cams_gradient: Tensor | None,
+    f_gradient: Tensor | None,
+    options: Any,
+) -> None:
+    batch, classes, pixels = cams.shape
+    cuda_function("pixel_correlation_backward_cuda")(
+        *(view(x) for x in (gradient, cams, f, saved)),
+        None if cams_gradient is None else view(cams_gradient),
+        None if f_gradient is None else view(f_gradient),
+        view(torch.empty_like(f)),
+        view(f.new_empty(_norms(f))),
+        view(f.new_empty([batch, 2 * (classes + 1), pixels])),
+        *options,
+        stream(cams),
+    )
+
+
+def _norms(f: Tensor) -> list[int]:
+    return [f.shape[0], f.shape[2]]
+
+
+_forward_into: dict[str, Any] = {"cpu": _forward_cpu, "cuda": _forward_cuda}
+_backward_into: dict[str, Any] = {"cpu": _backward_cpu, "cuda": _backward_cuda}
 
 
 def _new_saved(cams: Tensor, features: list[Tensor]) -> Tensor:

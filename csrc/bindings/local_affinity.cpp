@@ -52,17 +52,6 @@ void set_kind(Call& c, int64_t kind, const std::vector<double>& position) {
   c.call.position = position.data();
 }
 
-// Calls body(T{}) with the type of the array.
-template <class Body>
-void with_float(const Array& array, Body body) {
-  array.dtype == D::kFloat32 ? body(float{}) : body(double{});
-}
-
-void expect_floats(const Array& array, const char* name, Device device,
-                   const std::vector<int64_t>& shape) {
-  expect(array, name, device, {D::kFloat32, D::kFloat64}, shape);
-}
-
 void expect_rank(const Array& array, const char* message) {
   require(array.shape.size() == 4, message);
 }
@@ -71,7 +60,7 @@ void check_masks(const Array& masks, const Array& packed, const std::optional<Ar
                  const Array& result, int64_t iterations, Device device,
                  const std::vector<int64_t>& packed_shape) {
   require(iterations >= 0 && iterations <= INT32_MAX, "iterations must be in [0, 2^31)");
-  expect_floats(masks, "masks", device, masks.shape);
+  expect_float(masks, "masks", device);
   expect(packed, "packed", device, {masks.dtype}, packed_shape);
   if (counts) expect(*counts, "counts", device, {D::kInt32}, {masks.shape[0]});
   expect_output(result, "result", device, masks.dtype, masks.shape);
@@ -81,7 +70,15 @@ const int32_t* pointer_of(const std::optional<Array>& counts) {
   return counts ? counts->data<const int32_t>() : nullptr;
 }
 
-// Elements of the scratch of the functions below for so many planes.
+// Elements of the scratch of propagate_cpu.
+int64_t propagate_scratch_size(int64_t planes, int64_t height, int64_t width,
+                               const Dilations& dilations, bool transposed, int64_t parts) {
+  const Call c = make_call(dilations, height, width, parts);
+  if (height * width == 0) return 0;
+  return cpu::propagate_scratch(static_cast<int32_t>(planes), transposed, c.call);
+}
+
+// Elements of the scratch of local_affinity_cpu, for B * K planes.
 int64_t local_affinity_padded_size(int64_t planes, int64_t height, int64_t width,
                                    const Dilations& dilations) {
   const Call c = make_call(dilations, height, width);
@@ -98,13 +95,13 @@ void local_affinity_cpu(const Array& image,    // [B, K, H, W] float32 or float6
   require(s[1] >= 1, "image must have channels");
   Call c = make_call(dilations, s[2], s[3], parts);
   set_kind(c, kind, position);
-  expect_floats(image, "image", Device::kCpu, s);
+  expect_float(image, "image", Device::kCpu);
   expect_output(packed, "packed", Device::kCpu, image.dtype,
                 {s[0], s[2], c.tiles, c.taps, cpu::kTile});
   if (image.size() == 0) return;
   expect_output(scratch, "scratch", Device::kCpu, image.dtype,
                 {cpu::padded_size(s[0] * s[1], c.call)});
-  with_float(image, [&](auto type) {
+  visit_float(image, [&](auto type) {
     using T = decltype(type);
     cpu::local_affinity(image.data<const T>(), s[0], static_cast<int32_t>(s[1]), c.call,
                         scratch.data<T>(), packed.data<T>());
@@ -115,7 +112,7 @@ void propagate_cpu(const Array& masks,                  // [B, N, H, W] float32 
                    const Array& packed,                 // [B, H, ceil(W / 16), P, 16]
                    const std::optional<Array>& counts,  // [B] int32
                    const Array& result,                 // [B, N, H, W], out
-                   const Array& scratch,                // [2 * padded_size(N)]
+                   const Array& scratch,                // [propagate_scratch_size]
                    const Dilations& dilations, int64_t iterations, bool transposed, int64_t parts) {
   expect_rank(masks, "masks must be [B, N, H, W]");
   const auto& s = masks.shape;
@@ -124,8 +121,8 @@ void propagate_cpu(const Array& masks,                  // [B, N, H, W] float32 
               {s[0], s[2], c.tiles, c.taps, cpu::kTile});
   if (masks.size() == 0) return;
   expect_output(scratch, "scratch", Device::kCpu, masks.dtype,
-                {2 * cpu::padded_size(s[1], c.call)});
-  with_float(masks, [&](auto type) {
+                {cpu::propagate_scratch(static_cast<int32_t>(s[1]), transposed, c.call)});
+  visit_float(masks, [&](auto type) {
     using T = decltype(type);
     cpu::propagate(masks.data<const T>(), packed.data<const T>(), pointer_of(counts), s[0],
                    static_cast<int32_t>(s[1]), static_cast<int32_t>(iterations), transposed, c.call,
@@ -149,16 +146,18 @@ void local_affinity_cuda(const Array& image,                 // [B, K, H, W] flo
   require(s[1] >= 1, "image must have channels");
   Call c = make_call(dilations, s[2], s[3]);
   set_kind(c, kind, position);
-  expect_floats(image, "image", kGpu, s);
-  if (packed)
+  expect_float(image, "image", kGpu);
+  if (packed) {
     expect_output(*packed, "packed", kGpu, image.dtype, {s[0], c.taps / 4, s[2], s[3], 4});
+    expect_aligned(*packed, "packed");
+  }
   const bool needed = !packed || !(image.dtype == D::kFloat32 ? cuda::has_fast_path<float>(c.call)
                                                               : cuda::has_fast_path<double>(c.call));
   require(!needed || stats, "stats must be given without packed, or for these dilations");
   if (needed)
     expect_output(*stats, "stats", kGpu, image.dtype, {s[0], s[1] + 4, s[2], s[3]});
   if (image.size() == 0) return;
-  with_float(image, [&](auto type) {
+  visit_float(image, [&](auto type) {
     using T = decltype(type);
     cuda::local_affinity(image.data<const T>(), c.call, images_of(image, c, stream),
                          needed ? stats->data<T>() : nullptr, packed ? packed->data<T>() : nullptr);
@@ -176,9 +175,10 @@ void propagate_cuda(const Array& masks,                  // [B, N, H, W] float32
   const auto& s = masks.shape;
   const Call c = make_call(dilations, s[2], s[3]);
   check_masks(masks, packed, counts, result, iterations, kGpu, {s[0], c.taps / 4, s[2], s[3], 4});
+  expect_aligned(packed, "packed");
   expect_output(scratch, "scratch", kGpu, masks.dtype, s);
   if (masks.size() == 0) return;
-  with_float(masks, [&](auto type) {
+  visit_float(masks, [&](auto type) {
     using T = decltype(type);
     cuda::propagate(masks.data<const T>(), packed.data<const T>(), pointer_of(counts),
                     static_cast<int32_t>(iterations), transposed, c.call,
@@ -206,7 +206,7 @@ void propagate_lean_cuda(const Array& masks,  // [B, N, H, W] float32 or float64
   expect(image, "image", kGpu, {masks.dtype}, {s[0], image.shape[1], s[2], s[3]});
   expect_output(scratch, "scratch", kGpu, masks.dtype, s);
   if (masks.size() == 0) return;
-  with_float(masks, [&](auto type) {
+  visit_float(masks, [&](auto type) {
     using T = decltype(type);
     cuda::propagate_lean(masks.data<const T>(), image.data<const T>(), stats.data<const T>(),
                          static_cast<int32_t>(image.shape[1]), pointer_of(counts),
@@ -220,6 +220,7 @@ void propagate_lean_cuda(const Array& masks,  // [B, N, H, W] float32 or float64
 
 void bind_local_affinity(py::module_& m) {
   m.def("local_affinity_padded_size", &local_affinity_padded_size);
+  m.def("propagate_scratch_size", &propagate_scratch_size);
   m.def("local_affinity_cpu", &local_affinity_cpu, NoGil());
   m.def("propagate_cpu", &propagate_cpu, NoGil());
 #if defined(WSIS_WITH_CUDA)

@@ -34,56 +34,86 @@ struct AffinityRows {
     constexpr int32_t kLanes = kBytes / sizeof(T);
     const int32_t count = taps.count * kDirections;
     const int64_t tiles = tiles_of(layout.width);
-    int64_t here[kMaxTaps], below[kMaxTaps];
+    Row at{};
+    for (int32_t p = 0; p < count; ++p) at.position[p] = position[p];
     for (int64_t row = begin; row < end; ++row) {
-      const int32_t y = static_cast<int32_t>(row % layout.height);
+      at.y = static_cast<int32_t>(row % layout.height);
+      tap_offsets(taps, layout, at.y, 0, at.here);
+      if (kKind == Kind::kVarm) tap_offsets(taps, layout, at.y, 1, at.below);
       const T* image = padded + row / layout.height * channels * layout.plane;
-      tap_offsets(taps, layout, y, 0, here);
-      if (kKind == Kind::kVarm) tap_offsets(taps, layout, y, 1, below);
       T* to = packed + row * tiles * count * kTile;
       for (int64_t x = 0; x < tiles * kTile; x += kLanes)
-        pixels<V>(image, here, below, y, static_cast<int32_t>(x), count,
+        pixels<V>(image, at, static_cast<int32_t>(x), count,
                   to + x / kTile * count * kTile + x % kTile);
     }
   }
 
+  // Where the taps of a row lie, and what PAR adds to them.
+  struct Row {
+    int64_t here[kMaxTaps], below[kMaxTaps];
+    T position[kMaxTaps];
+    int32_t y;
+  };
+
   template <class V>
-  WSIS_INLINE void pixels(const T* image, const int64_t* here, const int64_t* below, int32_t y,
-                          int32_t x, int32_t count, T* to) const {
+  WSIS_INLINE void pixels(const T* image, const Row& at, int32_t x, int32_t count, T* to) const {
     V away[kMaxTaps], variation[kKind == Kind::kVarm ? kMaxTaps : 1];
-    const T* plane = image + x;
     const V column = lane_numbers<V, T>() + static_cast<T>(x);
-    for (int32_t c = 0; c < channels; ++c, plane += layout.plane) {
-      const V centre = load<V>(plane + y * layout.stride);
-      kernels::Spread<V> spread(load<V>(plane + here[0]));
-      for (int32_t p = 1; p < count; ++p) spread.add(load<V>(plane + here[p]));
-      int32_t samples = count;
-      if (kKind == Kind::kPamr) {
-        spread.add(centre, static_cast<T>(taps.count));
-        samples += taps.count;
-      }
-      const V inverse = kernels::inverse_scale<kKind>(spread.deviation(samples));
+    const T* plane = image + x;
+    for (int32_t c = 0; c < channels; c += 3, plane += 3 * layout.plane) {
+      if (channels - c >= 3)
+        measure<V, 3>(plane, at, count, column, c == 0, away, variation);
+      else if (channels - c == 2)
+        measure<V, 2>(plane, at, count, column, c == 0, away, variation);
+      else
+        measure<V, 1>(plane, at, count, column, c == 0, away, variation);
+    }
+    soften(away, variation, count, column, at, to);
+  }
+
+  // Sums of distances and variations over some channels; `start` sets, otherwise they are added.
+  template <class V, int kChannels>
+  WSIS_INLINE void measure(const T* plane, const Row& at, int32_t count, V column, bool start,
+                           V* away, V* variation) const {
+    const int64_t stride = layout.plane;
+    V centre[kChannels], inverse[kChannels];
+    kernels::Spread<V> spread[kChannels];  // together, as each alone waits for its own sums
+    for (int c = 0; c < kChannels; ++c)
+      spread[c] = kernels::Spread<V>(load<V>(plane + c * stride + at.here[0]));
+    for (int32_t p = 1; p < count; ++p)
+      for (int c = 0; c < kChannels; ++c)
+        spread[c].add(load<V>(plane + c * stride + at.here[p]));
+    for (int c = 0; c < kChannels; ++c) {
+      centre[c] = load<V>(plane + c * stride + at.y * layout.stride);
+      if (kKind == Kind::kPamr) spread[c].add(centre[c], static_cast<T>(taps.count));
+      const int32_t samples = kKind == Kind::kPamr ? count + taps.count : count;
+      inverse[c] = kernels::inverse_scale<kKind>(spread[c].deviation(samples));
+    }
+    for (int32_t p = 0; p < count; ++p) {
+      V sum = start ? V{} : away[p];
+      for (int c = 0; c < kChannels; ++c)
+        sum += kernels::distance<kKind>(load<V>(plane + c * stride + at.here[p]), centre[c],
+                                        inverse[c]);
+      away[p] = sum;
+    }
+    if constexpr (kKind == Kind::kVarm) {
+      const T rows = at.y + 1 < layout.height ? T(1) : T(0);
+      const V columns = column < static_cast<T>(layout.width - 1) ? V{} + T(1) : V{};
       for (int32_t p = 0; p < count; ++p) {
-        const V far = kernels::distance<kKind>(load<V>(plane + here[p]), centre, inverse);
-        away[p] = c == 0 ? far : away[p] + far;
-      }
-      if constexpr (kKind == Kind::kVarm) {
-        const T rows = y + 1 < layout.height ? T(1) : T(0);
-        const V columns = column < static_cast<T>(layout.width - 1) ? V{} + T(1) : V{};
-        for (int32_t p = 0; p < count; ++p) {
-          const V value = load<V>(plane + here[p]);
-          const V change =
-              kernels::variation(value, load<V>(plane + below[p]), load<V>(plane + here[p] + 1), rows,
-                                 columns);
-          variation[p] = c == 0 ? change : variation[p] + change;
+        V sum = start ? V{} : variation[p];
+        for (int c = 0; c < kChannels; ++c) {
+          const T* here = plane + c * stride + at.here[p];
+          sum += kernels::variation(load<V>(here), load<V>(plane + c * stride + at.below[p]),
+                                    load<V>(here + 1), rows, columns);
         }
+        variation[p] = sum;
       }
     }
-    soften(away, variation, count, column, to);
   }
 
   template <class V>
-  WSIS_INLINE void soften(V* away, V* variation, int32_t count, V column, T* to) const {
+  WSIS_INLINE void soften(V* away, V* variation, int32_t count, V column, const Row& at,
+                          T* to) const {
     const T share = T(1) / static_cast<T>(channels);
     V lowest = away[0] * share;
     for (int32_t p = 0; p < count; ++p) {
@@ -102,7 +132,7 @@ struct AffinityRows {
     }
     for (int32_t p = 0; p < count; ++p) {
       V weight = away[p] * factor;
-      if (kKind == Kind::kPar) weight += position[p];
+      if (kKind == Kind::kPar) weight += at.position[p];
       if constexpr (kKind == Kind::kVarm) weight -= variation[p] * second;
       weight = column < static_cast<T>(layout.width) ? weight : V{};
       store(to + p * kTile, weight);

@@ -17,8 +17,11 @@ struct AffinityCall {
   int32_t parts;  // threads
 };
 
-// Elements of the scratch for `planes` planes of one image with a border of their own.
+// Elements of so many planes with a border of their own.
 int64_t padded_size(int64_t planes, const AffinityCall& call);
+
+// Elements of the scratch of propagate: two copies of a few planes per thread.
+int64_t propagate_scratch(int32_t planes, bool transposed, const AffinityCall& call);
 
 // packed [B, H, T, P, L]: tap p of pixel (y, x) at [y, x / L, p, x % L]; 0 beyond the width.
 template <class T>
@@ -35,7 +38,7 @@ void propagate(const T* masks,  // [B, N, H, W]
                const int32_t* counts,  // [B] or null
                int64_t batch, int32_t planes, int32_t iterations, bool transposed,
                const AffinityCall& call,
-               T* scratch,  // [2, padded_size(N)]
+               T* scratch,  // [propagate_scratch(N)]
                T* result);  // [B, N, H, W]
 
 }  // namespace wsis::cpu

@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu/parallel.h"
 #include "kernels/platform.h"
 
 // Vectors are only passed between inlined functions, so their calling convention does not matter.
@@ -23,6 +24,7 @@
 #endif
 
 #define WSIS_INLINE inline __attribute__((always_inline))
+#define WSIS_INLINE_LAMBDA __attribute__((always_inline))  // after the parameters
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define WSIS_TARGETS
@@ -63,9 +65,24 @@ struct VectorElement {
   using Scalar = T;
   using Bits = cpu::Vector<uint32_t, kBytes>;
   static constexpr int kCount = kBytes / sizeof(T);
+  // Within 1 ulp for float, and 0 below 1e-30. The library's function would be called lane by lane,
+  // as it may set errno: Newton steps for 1 / sqrt(x) from the usual guess in the exponent, a last
+  // one for the root itself.
   static WSIS_INLINE V square_root(V x) {
-    for (int i = 0; i < kCount; ++i) x[i] = std::sqrt(x[i]);
-    return x;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      Bits bits;
+      std::memcpy(&bits, &x, sizeof(V));
+      bits = 0x5f3759dfu - (bits >> 1);
+      V r;
+      std::memcpy(&r, &bits, sizeof(V));
+      for (int step = 0; step < 3; ++step) r *= 1.5f - 0.5f * x * r * r;
+      const V root = x * r;
+      const V limited = x > 3.4028234e38f ? x : root + 0.5f * r * (x - root * root);
+      return x < 1e-30f ? V{} : limited;
+    } else {
+      for (int i = 0; i < kCount; ++i) x[i] = std::sqrt(x[i]);
+      return x;
+    }
   }
   static WSIS_INLINE V exponential(V x) {
     for (int i = 0; i < kCount; ++i) x[i] = std::exp(x[i]);
@@ -134,6 +151,27 @@ void dispatch(const Kernel& kernel) {
   if (best_isa() == Isa::kV3) return run_v3(kernel);
 #endif
   kernel.template run<16>();
+}
+
+// A range of plain loops, which the compiler makes vectors of.
+template <class Body>
+struct Loops {
+  const Body& body;
+  int part;
+  int64_t begin, end;
+
+  template <int kBytes>
+  WSIS_INLINE void run() const {
+    body(part, begin, end);
+  }
+};
+
+// parallel_for with the body, a WSIS_INLINE_LAMBDA, compiled for every instruction set.
+template <class Body>
+void parallel_loops(int64_t n, int parts, const Body& body) {
+  parallel_for(n, parts, [&](int part, int64_t begin, int64_t end) {
+    dispatch(Loops<Body>{body, part, begin, end});
+  });
 }
 
 }  // namespace wsis::cpu

@@ -140,6 +140,7 @@ template <class V>
 struct Spread {
   V reference, total, squares;
 
+  Spread() = default;
   WSIS_HD explicit Spread(V first) : reference(first), total(V{}), squares(V{}) {}
   WSIS_HD void add(V sample) {
     const V difference = sample - reference;

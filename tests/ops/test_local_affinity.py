@@ -320,8 +320,10 @@ def test_packed_and_back():
     assert torch.equal(direct, propagate(masks, weights, (1, 5), 2))
 
 
-def test_scratch_is_two_masks():
-    """The issue's bound on memory: 48 weights per pixel and two masks, each with its border."""
-    for size, planes in ((448, 21), (321, 21), (224, 6)):
-        elements = _C.local_affinity_padded_size(planes, size, size, list(DILATIONS))
-        assert elements <= planes * (size * (size + 2 * 24 + 32) + 64 * 16) + 64
+def test_scratch_is_less_than_two_masks():
+    """The issue's bound on memory: 48 weights per pixel and two masks. With their border they are
+    larger, but only a few are needed at a time."""
+    for size, planes in ((448, 21), (321, 21), (448, 81)):
+        elements = _C.propagate_scratch_size(planes, size, size, list(DILATIONS), False, 1)
+        assert elements <= 2 * 8 * (size * (size + 48 + 32) + 64 * 16) + 99
+        assert elements < 2 * planes * size**2

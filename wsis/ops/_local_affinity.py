@@ -88,17 +88,18 @@ def _propagate_cpu(
 ) -> None:
     """Fills ``result``."""
     _, planes, height, width = masks.shape
-    size = _C.local_affinity_padded_size(planes, height, width, dilations)
+    parts = num_parts(planes * height * width * len(dilations) // 2)
+    size = _C.propagate_scratch_size(planes, height, width, dilations, transposed, parts)
     _C.propagate_cpu(
         view(masks.contiguous()),
         view(packed.contiguous()),
         None if counts is None else view(counts.contiguous()),
         view(result),
-        view(masks.new_empty(2 * size)),
+        view(masks.new_empty(size)),
         dilations,
         iterations,
         transposed,
-        num_parts(planes * height * width * len(dilations) // 2),
+        parts,
     )
 
 
@@ -140,9 +141,12 @@ def _propagate_cuda(
     """Fills ``result``."""
     if iterations == 0:
         return _keep_counted(masks, counts, result)
+    packed = packed.contiguous()
+    if packed.data_ptr() % 16:  # a view; four weights are read at once
+        packed = packed.clone()
     cuda_function("propagate_cuda")(
         view(masks.contiguous()),
-        view(packed.contiguous()),
+        view(packed),
         None if counts is None else view(counts.contiguous()),
         view(result),
         view(torch.empty_like(result)),

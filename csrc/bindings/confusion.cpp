@@ -53,7 +53,7 @@ CurveSizes curve_sizes(const Array& scores, const Array& thresholds, const Array
   sizes.histogram = num_classes * sizes.channels * (sizes.thresholds + 1);
   sizes.tally = sizes.thresholds * num_classes * num_classes + 2;
   require(sizes.histogram <= INT32_MAX, "num_classes * K * (T + 1) must be below 2^31");
-  expect(scores, "scores", device, {D::kFloat32, D::kFloat64}, scores.shape);
+  expect_float(scores, "scores", device);
   expect(thresholds, "thresholds", device, {scores.dtype}, {sizes.thresholds});
   expect(class_ids, "class_ids", device, {D::kInt64}, {sizes.channels});
   expect_output(tally, "tally", device, D::kInt64, {sizes.tally});
@@ -74,14 +74,13 @@ void threshold_curve_cpu(const Array& scores,      // [B, K, n] float32 or float
   for (int64_t k = 0; k < s.channels; ++k)
     require(class_ids.data<int64_t>()[k] >= 0 && class_ids.data<int64_t>()[k] < num_classes,
             "class_ids must be in [0, C)");
-  const auto run = [&](auto type) {
+  visit_float(scores, [&](auto type) {
     using T = decltype(type);
     cpu::threshold_curve(scores.data<const T>(), map, thresholds.data<const T>(),
                          class_ids.data<const int64_t>(), s.batch, int32_t(s.channels), s.n,
                          int32_t(s.thresholds), int32_t(num_classes), ignore_index,
                          int32_t(scratch.shape[0]), scratch.data<int64_t>(), tally.data<int64_t>());
-  };
-  scores.dtype == D::kFloat32 ? run(float{}) : run(double{});
+  });
 }
 
 #if defined(WSIS_WITH_CUDA)
@@ -107,14 +106,13 @@ void threshold_curve_cuda(const Array& scores,      // [B, K, n] float32 or floa
   const CurveSizes s = curve_sizes(scores, thresholds, class_ids, tally, num_classes, kGpu);
   expect_output(histogram, "histogram", kGpu, D::kInt64, {s.histogram});
   const cpu::ClassMap map = class_map(target, "target", kGpu, {s.batch, s.n});
-  const auto run = [&](auto type) {
+  visit_float(scores, [&](auto type) {
     using T = decltype(type);
     cuda::threshold_curve(
         scores.data<const T>(), map, thresholds.data<const T>(), class_ids.data<const int64_t>(),
         s.batch, int32_t(s.channels), s.n, int32_t(s.thresholds), int32_t(num_classes),
         ignore_index, histogram.data<int64_t>(), tally.data<int64_t>(), scores.device_id, stream);
-  };
-  scores.dtype == D::kFloat32 ? run(float{}) : run(double{});
+  });
 }
 #endif
 

@@ -20,10 +20,6 @@ using D = DType;
 using Arrays = std::vector<Array>;
 using MaybeArray = std::optional<Array>;
 
-void expect_floats(const Array& array, const char* name, Device device) {
-  expect(array, name, device, {D::kFloat32, D::kFloat64}, array.shape);
-}
-
 void expect_like(const Array& array, const char* name, const Array& like,
                  const std::vector<int64_t>& shape) {
   expect(array, name, like.device, {like.dtype}, shape);
@@ -34,12 +30,6 @@ const T* weights_of(const MaybeArray& weights, const Array& like, int64_t batch,
   if (!weights) return nullptr;
   expect_like(*weights, "weights", like, {batch, classes});
   return weights->data<const T>();
-}
-
-// Calls run with a value of the array's type.
-template <class Run>
-void with_float(const Array& array, Run run) {
-  array.dtype == D::kFloat32 ? run(float{}) : run(double{});
 }
 
 cpu::Frame frame_of(int64_t height, int64_t width, int64_t rows, int64_t columns) {
@@ -103,7 +93,7 @@ std::tuple<int64_t, int64_t, int64_t> normalize_cams_scratch(
 void check_scores(const Arrays& maps, const Array& scores, int64_t skip, cpu::Frame frame,
                   Device device) {
   require(!maps.empty() && maps[0].shape.size() == 4, "maps must be [B, K, h, w]");
-  expect_floats(maps[0], "maps", device);
+  expect_float(maps[0], "maps", device);
   require(skip == 0 || skip == 1, "skip must be 0 or 1");
   expect_output(scores, "scores", device, maps[0].dtype,
                 {maps[0].shape[0], maps[0].shape[1] + skip, frame.rows, frame.columns});
@@ -127,7 +117,7 @@ void normalize_cams_cpu(const Arrays& maps,            // M x [B, K, h, w]
   const int64_t batch = maps[0].shape[0], classes = maps[0].shape[1];
   const D dtype = maps[0].dtype;
   expect_output(extrema, "extrema", Device::kCpu, dtype, {batch, classes, 2});
-  with_float(maps[0], [&](auto type) {
+  visit_float(maps[0], [&](auto type) {
     using T = decltype(type);
     const cpu::Passes<T> passes = passes_of<T>(maps, flips, flip_max, Device::kCpu);
     const cpu::Scratch sizes = cpu::normalize_cams_scratch(passes, merge, frame);
@@ -149,7 +139,7 @@ struct Stack {
 // Scores with a background: [B, 1 + K, n].
 Stack stack_of(const Array& scores, const char* name, Device device) {
   require(scores.shape.size() == 3 && scores.shape[1] >= 1, "scores must be [B, 1 + K, n]");
-  expect_floats(scores, name, device);
+  expect_float(scores, name, device);
   return {scores.shape[0], scores.shape[1] - 1, scores.shape[2]};
 }
 
@@ -164,7 +154,7 @@ void add_background_cpu(const Array& scores,  // [B, 1 + K, n], channel 0 is out
   const Stack s = stack_of(scores, "scores", Device::kCpu);
   expect_output(scores, "scores", Device::kCpu, scores.dtype, scores.shape);
   require(parts >= 1, "parts must be positive");
-  with_float(scores, [&](auto type) {
+  visit_float(scores, [&](auto type) {
     using T = decltype(type);
     cpu::add_background(background_of(kind), T(value),
                         weights_of<T>(weights, scores, s.batch, s.classes), T(absent), s.batch,
@@ -180,7 +170,7 @@ void share_background_cpu(const Array& gradient,  // [B, 1 + K, n]
   expect_like(gradient, "gradient", scores, scores.shape);
   expect_output(shares, "shares", Device::kCpu, scores.dtype, {s.batch, s.classes, s.n});
   require(parts >= 1, "parts must be positive");
-  with_float(scores, [&](auto type) {
+  visit_float(scores, [&](auto type) {
     using T = decltype(type);
     cpu::share_background(gradient.data<const T>(), scores.data<const T>(), s.batch,
                           int32_t(s.classes), s.n, int32_t(parts), shares.data<T>());
@@ -192,7 +182,7 @@ const int64_t* check_labels(const Array& scores, const MaybeArray& boxes, const 
                             Device device) {
   require(scores.shape.size() == 4, "scores must be [B, K, rows, columns]");
   require(scores.shape[2] * scores.shape[3] <= INT32_MAX, "scores must be below 2^31 pixels");
-  expect_floats(scores, "scores", device);
+  expect_float(scores, "scores", device);
   expect_output(labels, "labels", device, D::kInt64,
                 {scores.shape[0], scores.shape[2], scores.shape[3]});
   if (!boxes) return nullptr;
@@ -207,7 +197,7 @@ void cams_to_labels_cpu(const Array& scores,      // [B, K, rows, columns]
                         double low, double high, int64_t ignore_index, int64_t parts) {
   const int64_t* limits = check_labels(scores, boxes, labels, Device::kCpu);
   require(parts >= 1, "parts must be positive");
-  with_float(scores, [&](auto type) {
+  visit_float(scores, [&](auto type) {
     using T = decltype(type);
     cpu::cams_to_labels(scores.data<const T>(),
                         weights_of<T>(weights, scores, scores.shape[0], scores.shape[1]), limits,
@@ -224,7 +214,7 @@ cpu::Planes planes_of(const Array& maps, const Array& scores, const Array& extre
   const int64_t batch = maps.shape[0], classes = maps.shape[1] - skip_in, n = maps.shape[2];
   require(skip_in >= 0 && skip_in <= 1 && skip_out >= 0 && skip_out <= 1 && classes >= 0,
           "skip_in and skip_out must be 0 or 1, and at most C");
-  expect_floats(maps, "maps", device);
+  expect_float(maps, "maps", device);
   expect_like(scores, "scores", maps, {batch, skip_out + classes, n});
   expect_like(extrema, "extrema", maps, {batch, classes, 2});
   return {batch, n, int32_t(classes), int32_t(skip_in), int32_t(skip_out)};
@@ -243,7 +233,7 @@ void norm_planes_cpu(const Array& maps,     // [B, skip_in + K, n]
   expect_output(scores, "scores", Device::kCpu, maps.dtype, scores.shape);
   expect_output(extrema, "extrema", Device::kCpu, maps.dtype, extrema.shape);
   require(parts >= 1, "parts must be positive");
-  with_float(maps, [&](auto type) {
+  visit_float(maps, [&](auto type) {
     using T = decltype(type);
     cpu::norm_planes(maps.data<const T>(), planes, norm_of(norm), T(eps), int32_t(parts),
                      scores.data<T>(), extrema.data<T>());
@@ -259,7 +249,7 @@ void norm_planes_backward_cpu(const Array& gradient,       // [B, skip_out + K, 
   const cpu::Planes planes = planes_of(maps, gradient, extrema, skip_in, skip_out, Device::kCpu);
   expect_output(maps_gradient, "maps_gradient", Device::kCpu, maps.dtype, maps.shape);
   require(parts >= 1, "parts must be positive");
-  with_float(maps, [&](auto type) {
+  visit_float(maps, [&](auto type) {
     using T = decltype(type);
     cpu::norm_planes_backward(gradient.data<const T>(), maps.data<const T>(),
                               extrema.data<const T>(), planes, norm_of(norm), T(eps),
@@ -286,7 +276,7 @@ void normalize_cams_cuda(const Arrays& maps,              // M x [B, K, h, w]
   const int64_t batch = maps[0].shape[0], classes = maps[0].shape[1];
   expect_output(partial, "partial", kGpu, maps[0].dtype,
                 {batch * classes, cuda::merge_tiles(frame), 2});
-  with_float(maps[0], [&](auto type) {
+  visit_float(maps[0], [&](auto type) {
     using T = decltype(type);
     cuda::normalize_cams(passes_of<T>(maps, flips, flip_max, kGpu), merge, frame, T(eps),
                          weights_of<T>(weights, scores, batch, classes), batch, int32_t(classes),
@@ -300,7 +290,7 @@ void add_background_cuda(const Array& scores,  // [B, 1 + K, n], channel 0 is ou
                          uintptr_t stream) {
   const Stack s = stack_of(scores, "scores", kGpu);
   expect_output(scores, "scores", kGpu, scores.dtype, scores.shape);
-  with_float(scores, [&](auto type) {
+  visit_float(scores, [&](auto type) {
     using T = decltype(type);
     cuda::add_background(background_of(kind), T(value),
                          weights_of<T>(weights, scores, s.batch, s.classes), T(absent), s.batch,
@@ -315,7 +305,7 @@ void share_background_cuda(const Array& gradient,  // [B, 1 + K, n]
   const Stack s = stack_of(scores, "scores", kGpu);
   expect_like(gradient, "gradient", scores, scores.shape);
   expect_output(shares, "shares", kGpu, scores.dtype, {s.batch, s.classes, s.n});
-  with_float(scores, [&](auto type) {
+  visit_float(scores, [&](auto type) {
     using T = decltype(type);
     cuda::share_background(gradient.data<const T>(), scores.data<const T>(), s.batch,
                            int32_t(s.classes), s.n, shares.data<T>(), scores.device_id, stream);
@@ -328,7 +318,7 @@ void cams_to_labels_cuda(const Array& scores,  // [B, K, rows, columns]
                          const Array& labels,      // [B, rows, columns] int64, out
                          double low, double high, int64_t ignore_index, uintptr_t stream) {
   const int64_t* limits = check_labels(scores, boxes, labels, kGpu);
-  with_float(scores, [&](auto type) {
+  visit_float(scores, [&](auto type) {
     using T = decltype(type);
     cuda::cams_to_labels(scores.data<const T>(),
                          weights_of<T>(weights, scores, scores.shape[0], scores.shape[1]), limits,
@@ -349,7 +339,7 @@ void norm_planes_cuda(const Array& maps,     // [B, skip_in + K, n]
   expect_output(extrema, "extrema", kGpu, maps.dtype, extrema.shape);
   expect_output(partial, "partial", kGpu, maps.dtype,
                 {planes.batch * planes.num_classes, cuda::plane_chunks(planes.n), 2});
-  with_float(maps, [&](auto type) {
+  visit_float(maps, [&](auto type) {
     using T = decltype(type);
     cuda::norm_planes(maps.data<const T>(), planes, norm_of(norm), T(eps), partial.data<T>(),
                       scores.data<T>(), extrema.data<T>(), maps.device_id, stream);
@@ -370,7 +360,7 @@ void norm_planes_backward_cuda(const Array& gradient,       // [B, skip_out + K,
   expect_output(maps_gradient, "maps_gradient", kGpu, maps.dtype, maps.shape);
   expect_output(partial, "partial", kGpu, maps.dtype, chunks);
   expect_output(positions, "positions", kGpu, D::kInt32, chunks);
-  with_float(maps, [&](auto type) {
+  visit_float(maps, [&](auto type) {
     using T = decltype(type);
     cuda::norm_planes_backward(gradient.data<const T>(), maps.data<const T>(),
                                extrema.data<const T>(), planes, norm_of(norm), T(eps),

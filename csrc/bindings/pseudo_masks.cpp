@@ -28,15 +28,9 @@ PseudoSizes sizes_of(const Array& cams, const Array& present, Device device) {
   require(s[0] <= kMostImages, "at most 65535 images");
   require(s[1] <= kernels::kMostClasses, "at most 12000 classes");
   require(s[2] * s[3] <= kMostPixels, "planes must have at most 2^30 pixels");
-  expect(cams, "cams", device, {D::kFloat32, D::kFloat64}, s);
+  expect_float(cams, "cams", device);
   expect(present, "present", device, {D::kUint8}, {s[0], s[1]});
   return {s[0], small(s[1]), 0, small(s[2]), small(s[3]), 0, 0};
-}
-
-// Calls body with the float type of an array.
-template <class Body>
-void with_float(const Array& array, Body body) {
-  array.dtype == D::kFloat32 ? body(float{}) : body(double{});
 }
 
 void check_box(const Array& box, int64_t batch, Device device) {
@@ -82,7 +76,7 @@ PseudoSizes label_sizes(const Array& stack, const Array& counts, const Array& id
   require(s[2] * s[3] <= kMostPixels && m[1] * m[2] <= kMostPixels,
           "planes must have at most 2^30 pixels");
   require(m[1] * m[2] == 0 || s[2] * s[3] > 0, "stack must have pixels");
-  expect(stack, "stack", device, {D::kFloat32, D::kFloat64}, s);
+  expect_float(stack, "stack", device);
   expect(counts, "counts", device, {D::kInt32}, {s[0]});
   expect(ids, "ids", device, {D::kInt32}, {s[0], s[1] / 2});
   check_box(box, s[0], device);
@@ -108,7 +102,7 @@ void pseudo_unit_cpu(const Array& cams,     // [B, K, H, W]
                      int64_t parts) {
   check_parts(parts);
   const PseudoSizes sizes = unit_sizes(cams, present, box, scratch, unit, Device::kCpu);
-  with_float(cams, [&](auto type) {
+  visit_float(cams, [&](auto type) {
     using T = decltype(type);
     cpu::pseudo_unit(cams.data<const T>(), present.data<const uint8_t>(),
                      box.data<const int64_t>(), sizes, small(parts), scratch.data<double>(),
@@ -126,7 +120,7 @@ void pseudo_stack_cpu(const Array& cams,     // [B, K, H, W]
                       int64_t parts) {
   check_parts(parts);
   const PseudoSizes sizes = stack_sizes(cams, present, unit, stack, counts, ids, Device::kCpu);
-  with_float(cams, [&](auto type) {
+  visit_float(cams, [&](auto type) {
     using T = decltype(type);
     cpu::pseudo_stack(cams.data<const T>(), present.data<const uint8_t>(), unit_or_null<T>(unit),
                       T(high), T(low), sizes, small(parts), stack.data<T>(),
@@ -146,7 +140,7 @@ void pseudo_labels_cpu(const Array& stack,   // [B, 2 (R + 1), h, w]
     const int32_t count = counts.data<int32_t>()[b];
     require(count >= 0 && count <= stack.shape[1] && count % 2 == 0, "counts must fit the stack");
   }
-  with_float(stack, [&](auto type) {
+  visit_float(stack, [&](auto type) {
     using T = decltype(type);
     cpu::pseudo_labels(stack.data<const T>(), counts.data<const int32_t>(),
                        ids.data<const int32_t>(), box.data<const int64_t>(), ignore_index, sizes,
@@ -159,7 +153,7 @@ void pseudo_labels_cpu(const Array& stack,   // [B, 2 (R + 1), h, w]
 void pseudo_unit_cuda(const Array& cams, const Array& present, const Array& box,
                       const Array& scratch, const Array& unit, uintptr_t stream) {
   const PseudoSizes sizes = unit_sizes(cams, present, box, scratch, unit, kGpu);
-  with_float(cams, [&](auto type) {
+  visit_float(cams, [&](auto type) {
     using T = decltype(type);
     cuda::pseudo_unit(cams.data<const T>(), present.data<const uint8_t>(),
                       box.data<const int64_t>(), sizes, scratch.data<double>(), unit.data<T>(),
@@ -171,7 +165,7 @@ void pseudo_stack_cuda(const Array& cams, const Array& present, const Array& uni
                        double low, const Array& stack, const Array& counts, const Array& ids,
                        uintptr_t stream) {
   const PseudoSizes sizes = stack_sizes(cams, present, unit, stack, counts, ids, kGpu);
-  with_float(cams, [&](auto type) {
+  visit_float(cams, [&](auto type) {
     using T = decltype(type);
     cuda::pseudo_stack(cams.data<const T>(), present.data<const uint8_t>(), unit_or_null<T>(unit),
                        T(high), T(low), sizes, stack.data<T>(), counts.data<int32_t>(),
@@ -183,7 +177,7 @@ void pseudo_labels_cuda(const Array& stack, const Array& counts, const Array& id
                         const Array& box, const Array& masks, int64_t ignore_index,
                         uintptr_t stream) {
   const PseudoSizes sizes = label_sizes(stack, counts, ids, box, masks, kGpu);
-  with_float(stack, [&](auto type) {
+  visit_float(stack, [&](auto type) {
     using T = decltype(type);
     cuda::pseudo_labels(stack.data<const T>(), counts.data<const int32_t>(),
                         ids.data<const int32_t>(), box.data<const int64_t>(), ignore_index, sizes,

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cpu/parallel.h"
+#include "cpu/simd.h"
 #include "kernels/confusion.h"
 
 namespace wsis::cpu {
@@ -15,20 +15,20 @@ using kernels::kOutOfRange;
 constexpr int32_t kBlock = 1024;
 
 template <class T>
-WSIS_SIMD void target_codes(const T* values, int32_t n, int32_t num_classes, int64_t ignore_index,
+WSIS_INLINE void target_codes(const T* values, int32_t n, int32_t num_classes, int64_t ignore_index,
                             int32_t* codes) {
   for (int32_t i = 0; i < n; ++i)
     codes[i] = kernels::class_code(values[i], num_classes, ignore_index);
 }
 
 template <class T>
-WSIS_SIMD void pred_codes(const T* values, int32_t n, int32_t num_classes, int32_t* codes) {
+WSIS_INLINE void pred_codes(const T* values, int32_t n, int32_t num_classes, int32_t* codes) {
   for (int32_t i = 0; i < n; ++i) codes[i] = kernels::class_code(values[i], num_classes);
 }
 
 // Calls body with a typed pointer to element `offset`.
 template <class Body>
-void with_type(ClassMap map, int64_t offset, Body body) {
+WSIS_INLINE void with_type(ClassMap map, int64_t offset, Body body) {
   switch (map.dtype) {
     case DType::kUint8:
       return body(static_cast<const uint8_t*>(map.data) + offset);
@@ -41,14 +41,18 @@ void with_type(ClassMap map, int64_t offset, Body body) {
   }
 }
 
-void load_targets(ClassMap map, int64_t offset, int32_t n, int32_t num_classes,
-                  int64_t ignore_index, int32_t* codes) {
-  with_type(map, offset,
-            [&](const auto* values) { target_codes(values, n, num_classes, ignore_index, codes); });
+WSIS_INLINE void load_targets(ClassMap map, int64_t offset, int32_t n, int32_t num_classes,
+                              int64_t ignore_index, int32_t* codes) {
+  with_type(map, offset, [&](const auto* values) WSIS_INLINE_LAMBDA {
+    target_codes(values, n, num_classes, ignore_index, codes);
+  });
 }
 
-void load_preds(ClassMap map, int64_t offset, int32_t n, int32_t num_classes, int32_t* codes) {
-  with_type(map, offset, [&](const auto* values) { pred_codes(values, n, num_classes, codes); });
+WSIS_INLINE void load_preds(ClassMap map, int64_t offset, int32_t n, int32_t num_classes,
+                            int32_t* codes) {
+  with_type(map, offset, [&](const auto* values) WSIS_INLINE_LAMBDA {
+    pred_codes(values, n, num_classes, codes);
+  });
 }
 
 // The two status cells: how many, and pixels left at the first (so that 0 means none).
@@ -64,7 +68,7 @@ void merge_status(const int64_t* part, int64_t* status) {
 
 // kernels::take_better for a block, the channels outside and the pixels inside.
 template <class T>
-WSIS_SIMD void best_channel(const T* scores, int64_t stride, int32_t num_channels, int32_t n,
+WSIS_INLINE void best_channel(const T* scores, int64_t stride, int32_t num_channels, int32_t n,
                             T* __restrict best, int32_t* __restrict channel) {
   for (int32_t i = 0; i < n; ++i) {
     best[i] = kernels::kLowest;
@@ -78,7 +82,7 @@ WSIS_SIMD void best_channel(const T* scores, int64_t stride, int32_t num_channel
 
 // kernels::bucket_of for a block, the steps outside and the pixels inside.
 template <class T>
-WSIS_SIMD void buckets(const T* thresholds, int32_t num_thresholds, const T* __restrict best,
+WSIS_INLINE void buckets(const T* thresholds, int32_t num_thresholds, const T* __restrict best,
                        int32_t n, int32_t* __restrict bucket) {
   for (int32_t i = 0; i < n; ++i) bucket[i] = 0;
   for (int32_t left = num_thresholds; left > 0;) {
@@ -94,7 +98,7 @@ WSIS_SIMD void buckets(const T* thresholds, int32_t num_thresholds, const T* __r
 void confusion_matrix(ClassMap pred, ClassMap target, int64_t n, int32_t num_classes,
                       int64_t ignore_index, int32_t parts, int64_t* scratch, int64_t* tally) {
   const int64_t cells = static_cast<int64_t>(num_classes) * num_classes;
-  parallel_for(n, parts, [&](int part, int64_t begin, int64_t end) {
+  parallel_loops(n, parts, [&](int part, int64_t begin, int64_t end) WSIS_INLINE_LAMBDA {
     int64_t* counts = scratch + part * (cells + 2);
     std::fill_n(counts, cells + 2, 0);
     int32_t targets[kBlock], preds[kBlock];
@@ -127,7 +131,8 @@ void threshold_curve(const T* scores, ClassMap target, const T* thresholds,
   const int32_t row = num_thresholds + 1;
   const int64_t cells = static_cast<int64_t>(num_classes) * num_channels * row;
   const int64_t blocks = (n + kBlock - 1) / kBlock;  // an image ends its last block early
-  parallel_for(batch * blocks, parts, [&](int part, int64_t begin, int64_t end) {
+  parallel_loops(batch * blocks, parts,
+                 [&](int part, int64_t begin, int64_t end) WSIS_INLINE_LAMBDA {
     int64_t* counts = scratch + part * (cells + 2);
     std::fill_n(counts, cells + 2, 0);
     T best[kBlock];

@@ -3,26 +3,22 @@
 
 #include <string>
 
-#include "cpu/parallel.h"
+#include "cpu/simd.h"
 
 namespace wsis::cpu {
 
 inline std::string isa_paths() {
-#if defined(WSIS_CLONES)
+#if defined(WSIS_TARGETS)
   return "baseline x86-64-v3 x86-64-v4";
 #else
   return "baseline";
 #endif
 }
 
-// The clone that the loader picked on this machine.
+// The one that kernels run with here: the machine's best, or less if WSIS_ISA asks for it.
 inline std::string isa_active() {
-#if defined(WSIS_CLONES)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
-  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
-#endif
-  return "baseline";
+  const Isa isa = best_isa();
+  return isa == Isa::kV4 ? "x86-64-v4" : isa == Isa::kV3 ? "x86-64-v3" : "baseline";
 }
 
 }  // namespace wsis::cpu

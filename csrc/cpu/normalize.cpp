@@ -124,7 +124,7 @@ void fill_grids(const Passes<T>& passes, const Grids<T>& grids, bool positive_ea
       T* to = cells + grids.cells[g] + static_cast<int64_t>(y) * (w + 1);
       const auto put = [&](auto value_at) {
         for (int32_t x = 0; x < w; ++x) {
-          const T value = positive_each ? kernels::positive(value_at(x)) : value_at(x);
+          const T value = positive_each ? kernels::positive_finite(value_at(x)) : value_at(x);
           to[x] = first ? value : to[x] + value;
         }
       };

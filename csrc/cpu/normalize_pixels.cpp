@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cpu/parallel.h"
+#include "cpu/simd.h"
 
 namespace wsis::cpu {
 namespace {
@@ -15,7 +15,7 @@ constexpr int32_t kBlock = 1024;
 template <class Body>
 void for_blocks(int64_t batch, int64_t n, int32_t parts, Body body) {
   const int64_t blocks = (n + kBlock - 1) / kBlock;
-  parallel_for(batch * blocks, parts, [&](int, int64_t begin, int64_t end) {
+  parallel_loops(batch * blocks, parts, [&](int, int64_t begin, int64_t end) WSIS_INLINE_LAMBDA {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t start = block % blocks * kBlock;
       body(block / blocks, start, static_cast<int32_t>(std::min<int64_t>(kBlock, n - start)));
@@ -24,18 +24,18 @@ void for_blocks(int64_t batch, int64_t n, int32_t parts, Body body) {
 }
 
 template <class T>
-WSIS_SIMD void raise_best(const T* __restrict scores, int32_t size, T* __restrict best) {
+WSIS_INLINE void raise_best(const T* __restrict scores, int32_t size, T* __restrict best) {
   for (int32_t i = 0; i < size; ++i) best[i] = kernels::greater(best[i], scores[i]);
 }
 
 template <class T>
-WSIS_SIMD void write_background(const T* __restrict best, int32_t size, kernels::Background kind,
+WSIS_INLINE void write_background(const T* __restrict best, int32_t size, kernels::Background kind,
                                 T value, T* __restrict out) {
   for (int32_t i = 0; i < size; ++i) out[i] = kernels::background_of(kind, best[i], value);
 }
 
 template <class T>
-WSIS_SIMD void count_best(const T* __restrict scores, int32_t size, T* __restrict best,
+WSIS_INLINE void count_best(const T* __restrict scores, int32_t size, T* __restrict best,
                           T* __restrict ties) {
   for (int32_t i = 0; i < size; ++i) {
     ties[i] = scores[i] > best[i] ? T(1) : scores[i] == best[i] ? ties[i] + T(1) : ties[i];
@@ -44,7 +44,7 @@ WSIS_SIMD void count_best(const T* __restrict scores, int32_t size, T* __restric
 }
 
 template <class T>
-WSIS_SIMD void share(const T* __restrict scores, int32_t size, const T* __restrict best,
+WSIS_INLINE void share(const T* __restrict scores, int32_t size, const T* __restrict best,
                      const T* __restrict ties, const T* __restrict gradient,
                      const T* __restrict background, T* __restrict shares) {
   for (int32_t i = 0; i < size; ++i)
@@ -52,7 +52,7 @@ WSIS_SIMD void share(const T* __restrict scores, int32_t size, const T* __restri
 }
 
 template <class T>
-WSIS_SIMD void raise_channel(const T* __restrict scores, T weight, int32_t size, int32_t k,
+WSIS_INLINE void raise_channel(const T* __restrict scores, T weight, int32_t size, int32_t k,
                              T* __restrict best, int32_t* __restrict channel) {
   for (int32_t i = 0; i < size; ++i) {
     const T score = weight * scores[i];
@@ -62,7 +62,7 @@ WSIS_SIMD void raise_channel(const T* __restrict scores, T weight, int32_t size,
 }
 
 template <class T>
-void raise_absent(int32_t size, int32_t k, T* best, int32_t* channel) {
+WSIS_INLINE void raise_absent(int32_t size, int32_t k, T* best, int32_t* channel) {
   for (int32_t i = 0; i < size; ++i) {
     channel[i] = T(0) > best[i] ? k : channel[i];
     best[i] = kernels::greater(best[i], T(0));
@@ -74,7 +74,7 @@ void raise_absent(int32_t size, int32_t k, T* best, int32_t* channel) {
 template <class T>
 void add_background(kernels::Background kind, T value, const T* weights, T absent, int64_t batch,
                     int32_t num_classes, int64_t n, int32_t parts, T* scores) {
-  for_blocks(batch, n, parts, [&](int64_t image, int64_t start, int32_t size) {
+  for_blocks(batch, n, parts, [&](int64_t image, int64_t start, int32_t size) WSIS_INLINE_LAMBDA {
     T* out = scores + image * (num_classes + 1) * n + start;
     if (kind == kernels::Background::kConstant) {
       std::fill_n(out, size, value);
@@ -98,7 +98,7 @@ void add_background(kernels::Background kind, T value, const T* weights, T absen
 template <class T>
 void share_background(const T* gradient, const T* scores, int64_t batch, int32_t num_classes,
                       int64_t n, int32_t parts, T* shares) {
-  for_blocks(batch, n, parts, [&](int64_t image, int64_t start, int32_t size) {
+  for_blocks(batch, n, parts, [&](int64_t image, int64_t start, int32_t size) WSIS_INLINE_LAMBDA {
     const int64_t first = image * num_classes * n + start, background = first + image * n;
     T best[kBlock], ties[kBlock];
     std::fill_n(best, size, -static_cast<T>(INFINITY));
@@ -117,7 +117,7 @@ void cams_to_labels(const T* scores, const T* weights, const int64_t* boxes, int
                     int32_t parts, int64_t* labels) {
   const int64_t n = static_cast<int64_t>(rows) * columns;
   const T low = static_cast<T>(rule.low), high = static_cast<T>(rule.high);
-  for_blocks(batch, n, parts, [&](int64_t image, int64_t start, int32_t size) {
+  for_blocks(batch, n, parts, [&](int64_t image, int64_t start, int32_t size) WSIS_INLINE_LAMBDA {
     T best[kBlock];
     int32_t channel[kBlock];
     std::fill_n(best, size, -static_cast<T>(INFINITY));

@@ -1,19 +1,9 @@
-// Threads and SIMD of the CPU kernels.
+// Threads of the CPU kernels.
 #pragma once
 
 #include <cstdint>
 #include <thread>
 #include <vector>
-
-// One clone of the function per instruction set, chosen by the loader; functions it calls must be
-// inline to be cloned with it. x86-64-v3 is AVX2 + FMA + F16C, v4 adds AVX-512 F/BW/CD/DQ/VL.
-// Sanitizers cannot run the loader's resolvers, so their builds define WSIS_NO_CLONES.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(WSIS_NO_CLONES)
-#define WSIS_CLONES
-#define WSIS_SIMD __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define WSIS_SIMD
-#endif
 
 namespace wsis::cpu {
 

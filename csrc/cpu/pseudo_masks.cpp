@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cpu/parallel.h"
+#include "cpu/simd.h"
 #include "kernels/confusion.h"
 #include "kernels/pseudo_masks.h"
 
@@ -11,6 +11,7 @@ namespace {
 
 using kernels::kBackground;
 using kernels::Lerp;
+using kernels::Range;
 
 // Pixels of a row are taken in blocks whose intermediate values stay in the first-level cache.
 constexpr int32_t kBlock = 512;
@@ -32,7 +33,7 @@ int32_t block_of(int32_t from, int32_t to) {
 }
 
 template <class T>
-WSIS_SIMD void place(int32_t begin, int32_t end, int32_t from, int32_t to, Columns<T>& columns) {
+WSIS_INLINE void place(int32_t begin, int32_t end, int32_t from, int32_t to, Columns<T>& columns) {
   columns.begin = begin;
   columns.size = end - begin;
   columns.first = kernels::lerp_at<T>(begin, from, to).low;
@@ -46,14 +47,14 @@ WSIS_SIMD void place(int32_t begin, int32_t end, int32_t from, int32_t to, Colum
 }
 
 template <class T>
-WSIS_SIMD void blend_rows(const T* upper, const T* lower, T weight, int32_t n, T* __restrict out) {
+WSIS_INLINE void blend_rows(const T* upper, const T* lower, T weight, int32_t n, T* __restrict out) {
   for (int32_t i = 0; i < n; ++i) out[i] = kernels::blend(upper[i], lower[i], weight);
 }
 
 // Rows of the input between which output row y lies, blended over a block's columns.
 template <class T>
-const T* blended_row(const T* plane, int32_t width, Lerp<T> y, const Columns<T>& columns,
-                     T* buffer) {
+WSIS_INLINE const T* blended_row(const T* plane, int32_t width, Lerp<T> y,
+                                 const Columns<T>& columns, T* buffer) {
   const T* upper = plane + static_cast<int64_t>(y.low) * width + columns.first;
   if (y.weight == T(0)) return upper;
   const T* lower = plane + static_cast<int64_t>(y.high) * width + columns.first;
@@ -62,7 +63,7 @@ const T* blended_row(const T* plane, int32_t width, Lerp<T> y, const Columns<T>&
 }
 
 template <class T>
-WSIS_SIMD void scores_and_best(const T* __restrict row, const int32_t* __restrict low,
+WSIS_INLINE void scores_and_best(const T* __restrict row, const int32_t* __restrict low,
                                const int32_t* __restrict high, const T* __restrict weight,
                                int32_t n, T* __restrict out, T* __restrict best) {
   for (int32_t i = 0; i < n; ++i) {
@@ -73,7 +74,7 @@ WSIS_SIMD void scores_and_best(const T* __restrict row, const int32_t* __restric
 }
 
 template <class T>
-WSIS_SIMD void exponentials(const T* best, int32_t n, T* __restrict values, T* __restrict total) {
+WSIS_INLINE void exponentials(const T* best, int32_t n, T* __restrict values, T* __restrict total) {
   for (int32_t i = 0; i < n; ++i) {
     values[i] = kernels::exp_nonpositive(values[i] - best[i]);
     total[i] += values[i];
@@ -81,7 +82,7 @@ WSIS_SIMD void exponentials(const T* best, int32_t n, T* __restrict values, T* _
 }
 
 template <class T>
-WSIS_SIMD void background(T constant, const T* best, const T* total, int32_t n,
+WSIS_INLINE void background(T constant, const T* best, const T* total, int32_t n,
                           T* __restrict plane, T* __restrict factor) {
   for (int32_t i = 0; i < n; ++i) {
     const kernels::Shares<T> share = kernels::shares(constant, best[i], total[i]);
@@ -91,7 +92,7 @@ WSIS_SIMD void background(T constant, const T* best, const T* total, int32_t n,
 }
 
 template <class T>
-WSIS_SIMD void probabilities(const T* factor_high, const T* factor_low, int32_t n,
+WSIS_INLINE void probabilities(const T* factor_high, const T* factor_low, int32_t n,
                              T* __restrict high, T* __restrict low) {
   for (int32_t i = 0; i < n; ++i) {
     const T value = high[i];
@@ -101,7 +102,7 @@ WSIS_SIMD void probabilities(const T* factor_high, const T* factor_low, int32_t 
 }
 
 template <class T>
-WSIS_SIMD void take_plane(const T* __restrict row, const int32_t* __restrict low,
+WSIS_INLINE void take_plane(const T* __restrict row, const int32_t* __restrict low,
                           const int32_t* __restrict high, const T* __restrict weight, int32_t n,
                           int32_t id, T* __restrict best, int32_t* __restrict winner) {
   for (int32_t i = 0; i < n; ++i) {
@@ -115,7 +116,7 @@ WSIS_SIMD void take_plane(const T* __restrict row, const int32_t* __restrict low
 // halves of their own, so that whole vectors are loaded; gathering costs three times as much.
 // row [-1 .. half], the border repeated.
 template <class T>
-WSIS_SIMD void take_doubled(const T* __restrict row, int32_t half, int32_t id, T* __restrict best,
+WSIS_INLINE void take_doubled(const T* __restrict row, int32_t half, int32_t id, T* __restrict best,
                             int32_t* __restrict winner) {
   for (int32_t j = 0; j < half; ++j)
     kernels::take_better(kernels::blend(row[j - 1], row[j], T(0.75)), id, best[j], winner[j]);
@@ -124,13 +125,13 @@ WSIS_SIMD void take_doubled(const T* __restrict row, int32_t half, int32_t id, T
                          winner[half + j]);
 }
 
-WSIS_SIMD void decide_row(const int32_t* high, const int32_t* low, int32_t n, int64_t ignore_index,
+WSIS_INLINE void decide_row(const int32_t* high, const int32_t* low, int32_t n, int64_t ignore_index,
                           int64_t* __restrict out) {
   for (int32_t i = 0; i < n; ++i) out[i] = kernels::decide(high[i], low[i], ignore_index);
 }
 
 // Even columns first, then odd ones.
-WSIS_SIMD void decide_doubled(const int32_t* high, const int32_t* low, int32_t half,
+WSIS_INLINE void decide_doubled(const int32_t* high, const int32_t* low, int32_t half,
                               int64_t ignore_index, int64_t* __restrict out) {
   for (int32_t j = 0; j < half; ++j) {
     out[2 * j] = kernels::decide(high[j], low[j], ignore_index);
@@ -140,8 +141,8 @@ WSIS_SIMD void decide_doubled(const int32_t* high, const int32_t* low, int32_t h
 
 // The input row of a block of doubled columns, with a column more at either end.
 template <class T>
-const T* doubled_row(const T* plane, int32_t width, Lerp<T> y, const Columns<T>& columns,
-                     T* buffer) {
+WSIS_INLINE const T* doubled_row(const T* plane, int32_t width, Lerp<T> y,
+                                 const Columns<T>& columns, T* buffer) {
   const int32_t begin = columns.begin / 2, half = columns.size / 2;
   const T* row = plane + static_cast<int64_t>(y.low) * width;
   const T* lower = plane + static_cast<int64_t>(y.high) * width;
@@ -154,19 +155,8 @@ const T* doubled_row(const T* plane, int32_t width, Lerp<T> y, const Columns<T>&
 }
 
 template <class T>
-WSIS_SIMD void raise(const T* values, int32_t n, T* __restrict best) {
+WSIS_INLINE void raise(const T* values, int32_t n, T* __restrict best) {
   for (int32_t i = 0; i < n; ++i) best[i] = values[i] > best[i] ? values[i] : best[i];
-}
-
-struct Range {
-  int32_t begin, end;
-};
-
-// A half-open range of the box, cut to the image.
-Range cut(const int64_t* bounds, int32_t size) {
-  const int64_t begin = std::clamp<int64_t>(bounds[0], 0, size);
-  const int64_t end = std::clamp<int64_t>(bounds[1], begin, size);
-  return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
 }
 
 }  // namespace
@@ -175,12 +165,13 @@ template <class T>
 void pseudo_unit(const T* cams, const uint8_t* present, const int64_t* box, PseudoSizes sizes,
                  int32_t parts, double* scratch, T* unit) {
   const int64_t plane = static_cast<int64_t>(sizes.height) * sizes.width;
-  parallel_for(sizes.batch * sizes.height, parts, [&](int, int64_t begin, int64_t end) {
+  parallel_loops(sizes.batch * sizes.height, parts,
+                 [&](int, int64_t begin, int64_t end) WSIS_INLINE_LAMBDA {
     T best[kBlock];
     for (int64_t job = begin; job < end; ++job) {
       const int64_t b = job / sizes.height, y = job % sizes.height;
-      const Range rows = cut(box + b * 4, sizes.height);
-      const Range columns = cut(box + b * 4 + 2, sizes.width);
+      const Range rows = kernels::cut(box + b * 4, sizes.height);
+      const Range columns = kernels::cut(box + b * 4 + 2, sizes.width);
       double sum = 0;
       for (int32_t x = columns.begin; x < columns.end && y >= rows.begin && y < rows.end;
            x += kBlock) {
@@ -198,8 +189,8 @@ void pseudo_unit(const T* cams, const uint8_t* present, const int64_t* box, Pseu
     }
   });
   for (int64_t b = 0; b < sizes.batch; ++b) {
-    const Range rows = cut(box + b * 4, sizes.height);
-    const Range columns = cut(box + b * 4 + 2, sizes.width);
+    const Range rows = kernels::cut(box + b * 4, sizes.height);
+    const Range columns = kernels::cut(box + b * 4 + 2, sizes.width);
     const int64_t pixels =
         static_cast<int64_t>(rows.end - rows.begin) * (columns.end - columns.begin);
     double sum = 0;
@@ -225,7 +216,8 @@ void pseudo_stack(const T* cams, const uint8_t* present, const T* unit, T high, 
   const int64_t reduced = static_cast<int64_t>(h) * w;
   if (reduced == 0 || plane == 0) return;
   const int32_t block = block_of(sizes.width, w);
-  parallel_for(sizes.batch * h, parts, [&](int, int64_t begin, int64_t end) {
+  parallel_loops(sizes.batch * h, parts,
+                 [&](int, int64_t begin, int64_t end) WSIS_INLINE_LAMBDA {
     T buffer[kSpan], best[kBlock], total[kBlock], factor[kBlock];
     Columns<T> columns;
     for (int32_t x = 0; x < w; x += block) {
@@ -265,7 +257,8 @@ void pseudo_labels(const T* stack, const int32_t* counts, const int32_t* ids, co
   if (reduced == 0 || sizes.height == 0 || sizes.width == 0) return;
   const int32_t block = block_of(w, sizes.width);
   const bool doubled = sizes.width == 2 * w;
-  parallel_for(sizes.batch * sizes.height, parts, [&](int, int64_t begin, int64_t end) {
+  parallel_loops(sizes.batch * sizes.height, parts,
+                 [&](int, int64_t begin, int64_t end) WSIS_INLINE_LAMBDA {
     T buffer[kSpan], best[kBlock];
     int32_t winner[2][kBlock];
     Columns<T> columns;
@@ -274,8 +267,8 @@ void pseudo_labels(const T* stack, const int32_t* counts, const int32_t* ids, co
       const int32_t n = columns.size;
       for (int64_t job = begin; job < end; ++job) {
         const int64_t b = job / sizes.height, y = job % sizes.height;
-        const Range rows = cut(box + b * 4, sizes.height);
-        const Range inside = cut(box + b * 4 + 2, sizes.width);
+        const Range rows = kernels::cut(box + b * 4, sizes.height);
+        const Range inside = kernels::cut(box + b * 4 + 2, sizes.width);
         int64_t* out = masks + (b * sizes.height + y) * sizes.width;
         const int32_t from = std::max(x, inside.begin), to = std::min(x + n, inside.end);
         if (y < rows.begin || y >= rows.end || from >= to) {

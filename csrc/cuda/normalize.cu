@@ -64,8 +64,8 @@ __device__ void merge_rows(const Passes<T>& passes, bool positive_each, Frame fr
     const int32_t right = pass.flip ? pass.w - 1 - column.second : column.second;
     const auto mixed_row = [&](int32_t row) {
       const T* from = maps + static_cast<int64_t>(row) * pass.w;
-      const T a = positive_each ? kernels::positive(from[left]) : from[left];
-      const T b = positive_each ? kernels::positive(from[right]) : from[right];
+      const T a = positive_each ? kernels::positive_finite(from[left]) : from[left];
+      const T b = positive_each ? kernels::positive_finite(from[right]) : from[right];
       return kernels::mix(a, b, column.weight);
     };
     int32_t above = -1, below = -1;

@@ -8,6 +8,7 @@ namespace {
 
 using kernels::kBackground;
 using kernels::Lerp;
+using kernels::Range;
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
@@ -34,16 +35,6 @@ __device__ int32_t list_present(const uint8_t* present, int32_t classes, int32_t
   return total;
 }
 
-struct Range {
-  int64_t begin, end;
-};
-
-// A half-open range of the box, cut to the image.
-__device__ Range cut(const int64_t* bounds, int64_t size) {
-  const int64_t begin = min(max(bounds[0], int64_t{0}), size);
-  return {begin, min(max(bounds[1], begin), size)};
-}
-
 // One block per image row: sum over the box of the largest score of the present classes. Lanes add
 // up in a fixed order, so the sum is the same every time.
 template <class T>
@@ -55,8 +46,8 @@ __global__ void row_sums_kernel(const T* __restrict cams, const uint8_t* __restr
   const int64_t b = blockIdx.y, y = blockIdx.x;
   const int32_t found =
       list_present(present + b * sizes.classes, sizes.classes, sizes.classes, list);
-  const Range rows = cut(box + b * 4, sizes.height);
-  const Range columns = cut(box + b * 4 + 2, sizes.width);
+  const Range rows = kernels::cut(box + b * 4, sizes.height);
+  const Range columns = kernels::cut(box + b * 4 + 2, sizes.width);
   const int64_t plane = static_cast<int64_t>(sizes.height) * sizes.width;
   double sum = 0;
   if (found > 0 && y >= rows.begin && y < rows.end) {
@@ -89,9 +80,10 @@ __global__ void mean_kernel(const double* __restrict sums, const int64_t* __rest
   for (int32_t y = threadIdx.x; y < sizes.height; y += kWarp) sum += sums[b * sizes.height + y];
   for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_down_sync(kAllLanes, sum, step);
   if (threadIdx.x != 0) return;
-  const Range rows = cut(box + b * 4, sizes.height);
-  const Range columns = cut(box + b * 4 + 2, sizes.width);
-  const int64_t pixels = (rows.end - rows.begin) * (columns.end - columns.begin);
+  const Range rows = kernels::cut(box + b * 4, sizes.height);
+  const Range columns = kernels::cut(box + b * 4 + 2, sizes.width);
+  const int64_t pixels =
+      static_cast<int64_t>(rows.end - rows.begin) * (columns.end - columns.begin);
   unit[b] = static_cast<T>(sum / static_cast<double>(max(pixels, int64_t{1})));
 }
 
@@ -158,8 +150,8 @@ __global__ void labels_kernel(const T* __restrict stack, const int32_t* __restri
   const int32_t pixel = blockIdx.x * blockDim.x + threadIdx.x;
   if (pixel >= pixels) return;
   const int32_t row = pixel / sizes.width, column = pixel % sizes.width;
-  const Range rows = cut(box + b * 4, sizes.height);
-  const Range columns = cut(box + b * 4 + 2, sizes.width);
+  const Range rows = kernels::cut(box + b * 4, sizes.height);
+  const Range columns = kernels::cut(box + b * 4 + 2, sizes.width);
   int64_t* out = masks + b * pixels + pixel;
   if (row < rows.begin || row >= rows.end || column < columns.begin || column >= columns.end) {
     *out = ignore_index;

@@ -45,6 +45,13 @@ WSIS_HD T positive(T x) {
   return x < T{} ? T{} : x;
 }
 
+// positive() of a value that must be finite: -inf becomes NaN and not 0, so that it is noticed like
+// any other value that is not. (Negative values become -0, which adds nothing either.)
+template <class T>
+WSIS_HD T positive_finite(T x) {
+  return x < T{} ? x * T{} : x;
+}
+
 // ---- extrema ------------------------------------------------------------------------------------
 
 template <class T>

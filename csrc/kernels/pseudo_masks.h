@@ -21,8 +21,22 @@ WSIS_HD T threshold(T value, T unit) {
   return product < T(1) ? product : T(1);
 }
 
+struct Range {
+  int32_t begin, end;
+};
+
+// A half-open range of the box, cut to the image.
+WSIS_HD Range cut(const int64_t* bounds, int32_t size) {
+  const auto within = [](int64_t x, int64_t low, int64_t high) {
+    return static_cast<int32_t>(x < low ? low : x > high ? high : x);
+  };
+  const int32_t begin = within(bounds[0], 0, size);
+  return {begin, within(bounds[1], begin, size)};
+}
+
 // Where an output position lies in the input of a bilinear resize with align_corners=False:
-// (1 - weight) a[low] + weight a[high].
+// (1 - weight) a[low] + weight a[high]. Rounded step by step as torch rounds, since labels are decided
+// from the result; kernels/normalize.h has the exact position.
 template <class T>
 struct Lerp {
   int32_t low, high;

@@ -153,6 +153,15 @@ def test_channels_last_and_expanded_inputs(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_one_image_serves_all_masks_and_one_set_of_masks_all_images(kind):
+    images, masks = torch.rand(3, 3, 9, 11), torch.rand(3, 2, 9, 11)
+    module = CLASSES[kind](num_iter=3, dilations=[1, 2])
+    image, mask = images[:1], masks[:1]
+    assert torch.equal(module(image, masks), module(image.expand(3, -1, -1, -1), masks))
+    assert torch.equal(module(images, mask), module(images, mask.expand(3, -1, -1, -1)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradient_reaches_the_masks(kind):
     image, small = rand(1, 3, 6, 5, dtype=torch.float64), rand(1, 2, 3, 4, dtype=torch.float64)
     module = make(kind, 2, (1, 3))
@@ -228,7 +237,7 @@ def test_importing_costs_nothing():
 def test_bad_input_is_named(kind):
     with pytest.raises(InputError, match="dilations"):
         make(kind, 1, [])(rand(1, 3, 4, 4), rand(1, 1, 4, 4))
-    with pytest.raises(InputError, match=r"masks must be .*got \[1, 1, 4, 4\]"):
-        make(kind)(rand(2, 3, 4, 4), rand(1, 1, 4, 4))
+    with pytest.raises(InputError, match=r"masks must be .*got \[3, 1, 4, 4\]"):
+        make(kind)(rand(2, 3, 4, 4), rand(3, 1, 4, 4))
     with pytest.raises(InputError, match="image must be"):
         make(kind)(rand(3, 4, 4), rand(3, 1, 4, 4))

@@ -26,6 +26,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable
@@ -88,7 +89,7 @@ def _compile(source: Path, text: str, flavour: str, overlay: dict[Path, str]) ->
     """
     flags = [
         "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-pthread",
-        "-DWSIS_WITH_CUDA", "-DWSIS_NO_CLONES", '-DWSIS_VERSION="emulator"', '-DWSIS_COMPILER=""',
+        "-DWSIS_WITH_CUDA", '-DWSIS_VERSION="emulator"', '-DWSIS_COMPILER=""',
         '-DWSIS_CUDA_ARCHS="emulator"', '-DWSIS_CUDA_COMPILER=""',
         f'-DWSIS_EMULATOR="{HERE / "cuda_emulator.h"}"',
         f"-I{ROOT / 'csrc'}", f"-I{source.parent}",
@@ -174,6 +175,30 @@ def sanitizer_environment(flavour: str) -> dict[str, str]:
         [CXX, f"-print-file-name={_RUNTIME[flavour]}"], check=True, capture_output=True, text=True
     )
     return {**os.environ, "LD_PRELOAD": found.stdout.strip(), **_LIMITS[flavour]}
+
+
+def run_sanitized(
+    tests: str, flavour: str, edits: tuple[tuple[str, str, str], ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Runs ``run_all(module)`` of a test file on an "asan" or "tsan" module, in its own process.
+
+    Args:
+        tests: the test file's ``__name__``.
+        flavour: "asan" or "tsan".
+        edits: as for `build`.
+    """
+    program = (
+        f"import {tests} as t; from pathlib import Path; from tests import emulator; "
+        f"t.run_all(emulator.load(Path({str(build(flavour, edits))!r})))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env=sanitizer_environment(flavour) | {"PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
 
 
 # ---- counts ------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import subprocess
 import sys
 import textwrap
@@ -260,6 +261,21 @@ def test_how_an_array_comes_in_does_not_matter(wrap):
     tally, scratch = np.empty(18, int), np.empty((1, 18), int)
     _C.confusion_matrix_cpu(wrap(pred), wrap(target), tally, scratch, 4, 255)
     assert np.array_equal(tally[:16].reshape(4, 4), reference.confusion_matrix(pred, target, 4))
+
+
+@pytest.mark.parametrize("isa", ["baseline", "x86-64-v3"])
+def test_other_instruction_sets(isa):
+    """The choice is made once per process, so the others are run in one of their own."""
+    program = (
+        "from tests.ops.test_confusion import *; from wsis import _C\n"
+        "print(_C.build_info()['isa_active'])\n"
+        "test_curve_of_a_batch_with_chosen_classes(np.asarray)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        check=True, env=os.environ | {"WSIS_ISA": isa}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [isa]
 
 
 def test_no_memory_is_kept():

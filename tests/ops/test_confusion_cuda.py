@@ -3,8 +3,6 @@ where a fault is seeded."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -144,23 +142,6 @@ def run_all(module):
     assert not wrong
 
 
-def run_sanitized(flavour, edits=()):
-    path = emulator.build(flavour, edits)
-    program = (
-        "from tests import emulator; from tests.ops import test_confusion_cuda as t; "
-        f"from pathlib import Path; t.run_all(emulator.load(Path({str(path)!r})))"
-    )
-    environment = emulator.sanitizer_environment(flavour) | {"PYTHONPATH": str(emulator.ROOT)}
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        cwd=emulator.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 STRIDE = "const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;"
 FLUSH = "for (int i = threadIdx.x; i < cells; i += blockDim.x)\n        if"
 # Wrong, but within their memory: what reaches beyond it is for the address sanitizer.
@@ -220,7 +201,7 @@ def test_divergence_is_named():
 @pytest.mark.long
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
 def test_sanitizers_are_silent(flavour):
-    done = run_sanitized(flavour)
+    done = emulator.run_sanitized(__name__, flavour)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -241,7 +222,7 @@ def test_sanitizers_are_silent(flavour):
     ],
 )
 def test_sanitizers_see_faults(flavour, fault, report):
-    done = run_sanitized(flavour, (("confusion.cu", *fault),))
+    done = emulator.run_sanitized(__name__, flavour, (("confusion.cu", *fault),))
     assert done.returncode != 0
     assert report in done.stderr
     assert "confusion.cu" in done.stderr

@@ -3,8 +3,6 @@ bytes, clean under sanitizers, and wrong where a fault is seeded."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -275,27 +273,10 @@ def test_seeded_fault_is_caught(fault):
         run_all(broken)
 
 
-def run_sanitized(flavour, edits=()):
-    path = emulator.build(flavour, edits)
-    program = (
-        "from tests import emulator; from tests.ops import test_local_affinity_cuda as t; "
-        f"from pathlib import Path; t.run_all(emulator.load(Path({str(path)!r})))"
-    )
-    environment = emulator.sanitizer_environment(flavour) | {"PYTHONPATH": str(emulator.ROOT)}
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        cwd=emulator.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
 def test_sanitizers_are_silent(flavour):
-    done = run_sanitized(flavour)
+    done = emulator.run_sanitized(__name__, flavour)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -309,6 +290,6 @@ def test_sanitizers_are_silent(flavour):
     ],
 )
 def test_address_sanitizer_sees_faults(fault):
-    done = run_sanitized("asan", (fault,))
+    done = emulator.run_sanitized(__name__, "asan", (fault,))
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr

@@ -3,8 +3,6 @@ where a fault is seeded, and no more launches and memory traffic than the algori
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -160,8 +158,11 @@ def test_empty(module):
     assert scores.shape == (0, 2, 5, 5)
 
 
-@pytest.mark.parametrize("variant", ["seam", "afa"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("variant", "bad"),
+    [(v, bad) for v in ("seam", "afa") for bad in (float("nan"), float("inf"))]
+    + [("psa", -float("inf"))],
+)
 def test_a_value_that_is_not_finite_spoils_its_class_only(module, variant, bad):
     maps, flips = passes.passes([(5, 7)], leading=(2, 3))
     maps[1][1, 2, 3, 4] = bad
@@ -282,23 +283,6 @@ def test_background_and_labels_are_one_launch(counting):
 # ---- sanitizers and seeded faults --------------------------------------------------------------
 
 
-def run_sanitized(flavour, edits=()):
-    path = emulator.build(flavour, edits)
-    program = (
-        "from tests import emulator; from tests.ops import test_normalize_cuda as t; "
-        f"from pathlib import Path; t.run_all(emulator.load(Path({str(path)!r})))"
-    )
-    environment = emulator.sanitizer_environment(flavour) | {"PYTHONPATH": str(emulator.ROOT)}
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        cwd=emulator.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-
-
 MERGE, PLANES, PIXELS = "normalize.cu", "normalize_planes.cu", "normalize_pixels.cu"
 BLOCK = "cuda/block.h"
 # Wrong, but within their memory: what reaches beyond it is for the address sanitizer.
@@ -396,7 +380,7 @@ def test_divergence_is_named():
 @pytest.mark.long
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
 def test_sanitizers_are_silent(flavour):
-    done = run_sanitized(flavour)
+    done = emulator.run_sanitized(__name__, flavour)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -413,7 +397,7 @@ def test_sanitizers_are_silent(flavour):
     ],
 )  # fmt: skip
 def test_sanitizers_see_faults(flavour, fault, report):
-    done = run_sanitized(flavour, (fault,))
+    done = emulator.run_sanitized(__name__, flavour, (fault,))
     assert done.returncode != 0
     assert report in done.stderr
     # Frames have a file or a function, as the debug information of inlined code has it.

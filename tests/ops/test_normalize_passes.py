@@ -170,12 +170,6 @@ def test_background(kind, value, variant, label):
     torch.testing.assert_close(scores, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_weights_of_a_soft_label():
-    maps, flips = passes([(5, 7)])
-    check(maps, (20, 30), variant="afa", flips=flips, label=torch.tensor([1e-4, 2.0, 0.0]))
-    check(maps, (20, 30), variant="seam", flips=flips, label=torch.tensor([1e-4, 2.0, 0.0]))
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_threads_do_not_matter(monkeypatch, threads):
     maps, flips = passes([(5, 7), (11, 13)], leading=(2, 3), dtype=torch.float32)
@@ -203,7 +197,7 @@ def test_works_after_fork(monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("variant", ["sipe", "seam", "afa"])
+@pytest.mark.parametrize("variant", ["psa", "irn", "sipe", "seam", "afa"])
 def test_a_value_that_is_not_finite_is_named(variant, bad):
     maps, flips = passes([(5, 7)], leading=(2, 3))
     for which in (0, 1):
@@ -226,6 +220,8 @@ def test_a_value_that_is_not_finite_is_named(variant, bad):
         ({"crop": (5, 4)}, r"crop must be .* to \(4, 4\), got \(5, 4\)"),
         ({"background": "softmax"}, "constant, power or complement, got 'softmax'"),
         ({"label": torch.ones(2)}, r"label must be \[3\], got \[2\]"),
+        ({"label": torch.tensor([1.0, 0.5, 0.0])}, "label must be 0 or 1, got 0.5"),
+        ({"label": torch.tensor([1.0, float("nan"), 0.0])}, "label must be 0 or 1, got nan"),
         ({"maps": [torch.ones(2, 2)]}, r"maps must be \[..., K, h, w\].* got \[2, 2\] for map 0"),
         ({"maps": [torch.ones(3, 0, 2)]}, r"got \[3, 0, 2\] for map 0"),
         ({"maps": [torch.ones(3, 2, 2), torch.ones(2, 2, 2)]}, r"agree .* got \[2, 2, 2\]"),

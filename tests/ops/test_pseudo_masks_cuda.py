@@ -6,8 +6,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -188,23 +186,6 @@ def test_launches_and_bytes():
 # ---- sanitizers and seeded faults --------------------------------------------------------------
 
 
-def run_sanitized(flavour, edits=()):
-    path = emulator.build(flavour, edits)
-    program = (
-        "from tests import emulator; from tests.ops import test_pseudo_masks_cuda as t; "
-        f"from pathlib import Path; t.run_all(emulator.load(Path({str(path)!r})))"
-    )
-    environment = emulator.sanitizer_environment(flavour) | {"PYTHONPATH": str(emulator.ROOT)}
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        cwd=emulator.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-
-
 CU, KERNEL = "pseudo_masks.cu", "kernels/pseudo_masks.h"
 # What only reaches beyond its memory is for the address sanitizer.
 FAULTS = {
@@ -327,7 +308,7 @@ def survives(path):
 @pytest.mark.long
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
 def test_sanitizers_are_silent(flavour):
-    done = run_sanitized(flavour)
+    done = emulator.run_sanitized(__name__, flavour)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -348,7 +329,7 @@ def test_sanitizers_are_silent(flavour):
     ],
 )
 def test_sanitizers_see_faults(flavour, fault, report):
-    done = run_sanitized(flavour, (fault,))
+    done = emulator.run_sanitized(__name__, flavour, (fault,))
     assert done.returncode != 0
     assert report in done.stderr
     assert "pseudo_masks" in done.stderr

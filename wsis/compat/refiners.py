@@ -201,5 +201,14 @@ def _at_least_float(x: Tensor) -> Tensor:
 def _refine(
     kind: str, image: Tensor, masks: Tensor, iterations: int, dilations: Sequence[int]
 ) -> Tensor:
+    """Refines; as in the originals, one image serves all masks, and one set of masks all images."""
+    batch, dtype = max(len(image), len(masks)), masks.dtype
+    shared = len(image) == 1 and masks.ndim == 4 and batch > 1
+    if len(masks) == 1 and masks.ndim == 4 and batch > 1:
+        masks = masks.expand(batch, -1, -1, -1)
+    if shared:  # the masks of all as so many masks of one
+        masks = masks.flatten(0, 1)[None]
     refined = refine(image, masks, kind, iterations=iterations, dilations=tuple(dilations))
-    return refined.to(masks.dtype) if masks.is_floating_point() else refined
+    if shared:
+        refined = refined.unflatten(1, (batch, -1))[0]
+    return refined.to(dtype) if dtype.is_floating_point else refined

@@ -60,6 +60,7 @@ def _normalize_cams_cpu(
     background: str | None,
     background_value: float,
 ) -> Tensor:
+    _check_label(label)
     rule, scores = RULES[variant], _new_scores(maps, crop, background)
     skip, (batch, classes) = int(background is not None), maps[0].shape[:2]
     parts = max(1, min(num_parts(scores.numel()), batch * classes))
@@ -127,6 +128,15 @@ def _normalize_cams_cuda(
     return scores
 
 
+def _check_label(label: Tensor | None) -> None:
+    """Looks at the values, which costs nothing on the CPU but would mean waiting on CUDA."""
+    if label is None:
+        return
+    known = (label == 0) | (label == 1)
+    if not known.all():
+        raise InputError(f"label must be 0 or 1, got {label[~known][0].item():g}")
+
+
 def _view(array: Tensor | None) -> Any:
     return None if array is None else view(array)
 
@@ -144,6 +154,7 @@ def _cams_to_labels_cpu(
     high: float,
     ignore_index: int,
 ) -> Tensor:
+    _check_label(label)
     cams, labels = cams.contiguous(), _new_labels(cams)
     if labels.numel() == 0:
         return labels

@@ -57,7 +57,8 @@ def normalize_cams(
         variant: whose rule.
         flips: which passes saw the mirrored image (their maps are mirrored back); none by default.
             ``afa`` and ``toco`` need the passes in pairs: plain, flipped, plain, flipped, ...
-        label: ``[..., K]`` or ``[K]`` float, multi-hot; no masking by default.
+        label: ``[..., K]`` or ``[K]``, 0 or 1; no masking by default. Not looked at on CUDA, where
+            other values weigh the maps.
         crop: ``(H, W)`` of the top left part kept after the resize and before the normalisation
             (IRN resizes to a multiple of 16 and cuts to the image).
         background: put a background channel before the classes, as :func:`add_background` does.
@@ -70,8 +71,8 @@ def normalize_cams(
     Raises:
         InputError: unknown variant or background, no map or too many, maps that do not fit each
             other or require grad, ``flips`` of another length or not in pairs, a label or crop that
-            does not fit, or a value that is not finite in a class of the label (on CUDA, where
-            looking would mean waiting, the scores of that class are NaN instead).
+            does not fit, or a value that is not finite (of either sign) in a class of the label
+            (on CUDA, where looking would mean waiting, the scores of that class are NaN instead).
 
     Example:
         >>> normalize_cams([torch.rand(20, 14, 14)], (224, 224), variant="psa").shape
@@ -126,7 +127,7 @@ def cams_to_labels(
 
     Args:
         cams: ``[K, H, W]`` or ``[B, K, H, W]`` float in [0, 1], from :func:`normalize_cams`.
-        label: ``[K]`` or ``[B, K]``, multi-hot; no masking by default.
+        label: ``[K]`` or ``[B, K]``, 0 or 1; no masking by default. Not looked at on CUDA.
         low: best score up to which a pixel is background.
         high: best score up to which it is undecided; ``low`` by default, so that none is.
         valid_box: ``[4]`` or ``[B, 4]`` integers, the part that is not padding: y0, y1, x0, x1,
@@ -138,7 +139,8 @@ def cams_to_labels(
         gradient.
 
     Raises:
-        InputError: shapes that do not fit each other, or ``low > high``.
+        InputError: shapes that do not fit each other, a label that is neither 0 nor 1, or
+            ``low > high``.
 
     Example:
         >>> cams_to_labels(torch.tensor([[[0.1, 0.5, 0.9]]]), low=0.3, high=0.6)

@@ -13,6 +13,7 @@ _HOME = {
     "cams_to_labels": "normalize",
     "confusion_matrix": "confusion",
     "ctr_scores": "norms",
+    "dense_energy_loss": "energy",
     "gated_crf_loss": "gated_crf",
     "local_affinity": "local_affinity",
     "max_norm": "norms",

@@ -218,7 +218,8 @@ def _resize(name: str, modality: Tensor, probs: Tensor) -> Tensor:
         return modality
     if 0 in modality.shape or 0 in probs.shape[-2:]:
         raise InputError(f"modality {name} must not be empty, got {list(modality.shape)}")
-    return F.adaptive_avg_pool2d(modality.to(probs.dtype), probs.shape[-2:])
+    height, width = probs.shape[-2:]
+    return F.adaptive_avg_pool2d(modality.to(probs.dtype), (height, width))
 
 
 def _packed_kernels(

@@ -47,7 +47,7 @@ class Lattice:
     @property
     def batch(self) -> int:
         """Images that the lattice was built for."""
-        return len(self.images)
+        return len(self.vertices)
 
 
 @dataclass(frozen=True)
@@ -304,10 +304,11 @@ def mean_field(
     if probs and out is None:
         out = empty((batch, classes, points), kind)
     best = empty((batch, points), "uint8" if classes <= 256 else "int32") if labels else None
+    same = [term.before is not None and term.before is term.after for term in terms]
     for b in range(batch):
         at = [b if term.lattice.batch > 1 else 0 for term in terms]
         lattices = [list(term.lattice.images[i]) for term, i in zip(terms, at, strict=True)]
-        size = _C.dense_crf_scratch(lattices, probs, classes, height, width, threads)
+        size = _C.dense_crf_scratch(lattices, same, probs, classes, height, width, threads)
         fine = _C.dense_crf_cpu(
             unary[b],
             None if start is None else start[b],

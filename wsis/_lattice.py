@@ -353,10 +353,10 @@ def _build(
                 else "features must span fewer lattice cells, got too wide a range: larger widths"
             )
         rows, counts = empty((listed,), "int32"), empty((listed,), "int16")
-        lines = empty((dims + 1, count), "int32")
-        _C.permutohedral_finish_cpu(image, scratch, rows, counts, lines, *points)
+        lines, ends = empty((dims + 1, count), "int32"), empty((dims + 1,), "int32")
+        _C.permutohedral_finish_cpu(image, scratch, rows, counts, lines, ends, *points)
         vertices.append(count)
-        built.append((slots, weights, entries, first, rows, counts, lines))
+        built.append((slots, weights, entries, first, rows, counts, lines, ends))
     return Lattice(dims, height, width, tuple(vertices), tuple(built))
 
 

@@ -40,13 +40,17 @@ void set_call(Call& c, const std::vector<LatticeArrays>& lattices,
             static_cast<int32_t>(iterations), check_parts(parts)};
 }
 
-// Elements of the scratch.
-int64_t dense_crf_scratch(const std::vector<LatticeArrays>& lattices, bool with_probs,
-                          int64_t labels, int64_t height, int64_t width, int64_t parts) {
+// Elements of the scratch. `same`: whether a term's `before` and `after` are the same array.
+int64_t dense_crf_scratch(const std::vector<LatticeArrays>& lattices,
+                          const std::vector<bool>& same, bool with_probs, int64_t labels,
+                          int64_t height, int64_t width, int64_t parts) {
+  require(same.size() == lattices.size(), "same must have one element per term");
   Call c;
   const std::vector<std::optional<Array>> none(lattices.size());
   const Mixes mixes(lattices.size(), std::vector<double>(labels));
   set_call(c, lattices, none, none, mixes, labels, height, width, 0, parts);
+  for (size_t k = 0; k < same.size(); ++k)  // any address will do
+    if (same[k]) c.terms[k].before = c.terms[k].after = c.terms[k].lattice.weights;
   return cpu::crf_scratch_size(c.call, with_probs);
 }
 

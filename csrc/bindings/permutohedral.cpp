@@ -82,6 +82,7 @@ void permutohedral_finish_cpu(const std::optional<Array>& image,  // as above
                               const Array& rows,                  // [V] int32, out
                               const Array& counts,                // [V] int16, out
                               const Array& lines,                 // [d + 1, M] int32, out
+                              const Array& ends,                  // [d + 1] int32, out
                               bool interleaved, const std::vector<double>& widths,
                               const std::vector<double>& spatial, int64_t height, int64_t width,
                               int64_t parts) {
@@ -93,9 +94,10 @@ void permutohedral_finish_cpu(const std::optional<Array>& image,  // as above
   expect_output(rows, "rows", Device::kCpu, D::kInt32, rows.shape);
   expect_output(counts, "counts", Device::kCpu, D::kInt16, rows.shape);
   expect_output(lines, "lines", Device::kCpu, D::kInt32, {p.points.dims() + 1, lines.shape[1]});
+  expect_output(ends, "ends", Device::kCpu, D::kInt32, {p.points.dims() + 1});
   cpu::finish(p.points, {lines.shape[1], rows.shape[0]}, check_parts(parts),
               scratch.data<int64_t>(), rows.data<uint32_t>(), counts.data<int16_t>(),
-              lines.data<uint32_t>());
+              lines.data<uint32_t>(), ends.data<int32_t>());
 }
 
 // Elements of the scratch of the filter.

@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "cpu/memory.h"
 #include "cpu/permutohedral_rows.h"
 #include "kernels/dense_crf.h"
 
@@ -23,7 +24,9 @@ struct Memory {
   int32_t stride, longest = 0, corners = 1;
   int64_t buffers = 0, buffer = 0, logits = 0, total = 0;
   std::vector<int64_t> tables;             // of each term, the first of two
-  std::vector<std::vector<int64_t>> side;  // of each term and part, in elements
+  std::vector<std::vector<int64_t>> side;  // of each term and part
+  std::vector<int64_t> folded;             // weights times factors of a symmetric term, or -1
+  std::vector<std::vector<int32_t>> offsets;  // of each term, see fill_offsets()
 
   Memory(const CrfCall& call, bool with_probs) : stride(stride_for(call.labels)), side(call.num_terms) {
     for (int32_t k = 0; k < call.num_terms; ++k) {
@@ -35,6 +38,12 @@ struct Memory {
     buffer = TileBuffers<char>::size(stride, longest, corners);
     total = buffers + buffer * call.parts;
     for (int32_t k = 0; k < call.num_terms; ++k) {
+      const Term& term = call.terms[k];
+      const bool fold = term.before && term.before == term.after;
+      folded.push_back(fold ? total : -1);
+      if (fold) total += round_up(term.lattice.tiles.pixels() * (term.lattice.dims + 1));
+      offsets.emplace_back(kTilePixels * (term.lattice.dims + 1));
+      fill_offsets(term.lattice.dims + 1, stride, offsets.back().data());
       tables.push_back(total);
       total += 2 * round_up(call.terms[k].lattice.vertices * stride);
       for (int32_t part = 0; part < call.parts; ++part) {
@@ -85,87 +94,127 @@ struct Pass {
     }
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tiles[t];
-      load_logits(tile, buffers.pixels);
+      if (t + 1 < end)
+        for (int32_t k = 0; k < call.num_terms; ++k) {
+          if (!first) prefetch_rows(call.terms[k].lattice, t + 1, sources[k], stride());
+          if (!last) prefetch_rows(call.terms[k].lattice, t + 1, targets[k], stride());
+        }
+      load_logits<V>(tile, t + 1 == tiles.count(), buffers.pixels);
       if (!first)
         for (int32_t k = 0; k < call.num_terms; ++k) {
           const TileOf of(call.terms[k].lattice, t, tile);
-          load_weights(of, tiles, tile, call.terms[k].after, buffers.weights);
-          slice_tile<V>(of, sources[k], factors + k * stride(), buffers.weights, stride(),
-                        buffers.rows, buffers.pixels);
+          const T* weights = weights_of(k, of, tile, call.terms[k].after, buffers.weights);
+          dispatch(SliceTile<T>{of, sources[k], factors + k * stride(), weights, stride(),
+                                buffers.rows, buffers.pixels});
         }
       if (first && start)
-        load_tile(start, tiles, tile, call.labels, stride(), T(1), T(0), buffers.pixels);
+        load_tile<V>(start, tiles, tile, call.labels, stride(), T(1), T(0), buffers.pixels);
       else
         *finite = softmax<V>(tile.pixels(), buffers.pixels) && *finite;
       if (last)
-        write(tile, buffers.pixels);
+        write<V>(tile, buffers.pixels);
       else
         for (int32_t k = 0; k < call.num_terms; ++k) {
           const TileOf of(call.terms[k].lattice, t, tile);
-          load_weights(of, tiles, tile, call.terms[k].before, buffers.weights);
-          sides[k] = splat_tile<V>(of, buffers.pixels, buffers.weights, stride(), own[k], targets[k],
-                                   sides[k]);
+          const T* weights = weights_of(k, of, tile, call.terms[k].before, buffers.weights);
+          dispatch(SplatTile<T>{of, buffers.pixels, weights, stride(), memory.offsets[k].data(),
+                                own[k], targets[k], sides[k], &sides[k]});
         }
     }
   }
 
-  WSIS_INLINE void load_logits(const Tile& tile, T* rows) const {
+  // Weights with the factors of a symmetric term were multiplied once for all iterations.
+  WSIS_INLINE const T* weights_of(int32_t k, const TileOf& of, const Tile& tile,
+                                  const float* factors_of_pixels, T* buffer) const {
+    if (memory.folded[k] >= 0) return scratch + memory.folded[k] + tile.first * of.corners;
+    return load_weights(of, tiles, tile, factors_of_pixels, buffer);
+  }
+
+  template <class V>
+  WSIS_INLINE void load_logits(const Tile& tile, bool last_tile, T* rows) const {
     const int32_t labels = call.labels;
-    T* kept = logits + tile.first * labels;
     const T none = static_cast<T>(kernels::kNoLabel);
+    T* kept = logits + tile.first * labels;
     if (read_planes) {
-      load_tile(unary, tiles, tile, labels, stride(), T(-1), none, rows);
+      load_tile<V>(unary, tiles, tile, labels, stride(), T(-1), none, rows);
       if (keep_logits)
         for (int32_t p = 0; p < tile.pixels(); ++p)
-          std::memcpy(kept + p * labels, rows + p * stride(), labels * sizeof(T));
+          for (int32_t c = 0; c < labels; ++c) kept[p * labels + c] = rows[p * stride() + c];
       return;
     }
-    for (int32_t p = 0; p < tile.pixels(); ++p) {
-      std::memcpy(rows + p * stride(), kept + p * labels, labels * sizeof(T));
-      for (int32_t c = labels; c < stride(); ++c) rows[p * stride() + c] = none;
+    // Whole vectors; what lies beyond the labels is the next pixel's.
+    constexpr int kWidth = kLanes<V, T>;
+    const int32_t whole = last_tile ? 0 : labels / kWidth * kWidth;
+    const int32_t rest = last_tile ? 0 : labels - whole;
+    BitsOf<V, T> mask{};
+    V outside{};
+    if constexpr (!std::is_same_v<V, T>)
+      for (int32_t i = 0; i < kWidth; ++i) {
+        mask[i] = i < rest ? -1 : 0;
+        outside[i] = i < rest ? T(0) : none;
+      }
+    for (int32_t p = 0; p < tile.pixels(); ++p, kept += labels, rows += stride()) {
+      int32_t c = 0;
+      for (; c < whole; c += kWidth) store(rows + c, load<V>(kept + c));
+      if (rest) {
+        store(rows + c, masked(load<V>(kept + c), mask) + outside);
+        c += kWidth;
+      }
+      for (; c < labels; ++c) rows[c] = kept[c];
+      for (; c < stride(); ++c) rows[c] = none;
     }
   }
 
   // In place; false if a pixel's sum is not a number.
   template <class V>
   WSIS_INLINE bool softmax(int32_t pixels, T* rows) const {
+    switch (stride() / kLanes<V, T>) {
+      case 1:
+        return softmax_rows<V, 1>(pixels, rows);
+      case 2:
+        return softmax_rows<V, 2>(pixels, rows);
+      case 3:
+        return softmax_rows<V, 3>(pixels, rows);
+      case 4:
+        return softmax_rows<V, 4>(pixels, rows);
+      default:
+        return softmax_rows<V, 0>(pixels, rows);
+    }
+  }
+
+  // kVectors of a row stay in registers; 0: as many as there are, in memory.
+  template <class V, int kVectors>
+  WSIS_INLINE bool softmax_rows(int32_t pixels, T* rows) const {
     constexpr int kWidth = kLanes<V, T>;
-    bool fine = true;
-    const int32_t vectors = stride() / kWidth;
+    const int32_t vectors = kVectors ? kVectors : stride() / kWidth;
+    V least = V{} + T(1);
+    V power[kVectors ? kVectors : 1];
     for (int32_t p = 0; p < pixels; ++p, rows += stride()) {
-      V most = load<V>(rows);
+      V most = load<V>(rows), sum{};
       for (int32_t g = 1; g < vectors; ++g) most = kernels::larger(most, load<V>(rows + g * kWidth));
-      const V highest = V{} + reduce(most, [](T a, T b) WSIS_LAMBDA_INLINE { return a > b ? a : b; });
-      V sum{};
+      most = over_lanes(most, [](V a, V b) WSIS_LAMBDA_INLINE { return a > b ? a : b; });
       for (int32_t g = 0; g < vectors; ++g) {
-        const V power = kernels::unnormalised(load<V>(rows + g * kWidth), highest);
-        store(rows + g * kWidth, power);
-        sum += power;
+        const V value = kernels::unnormalised(load<V>(rows + g * kWidth), most);
+        if constexpr (kVectors != 0) power[g] = value;
+        else store(rows + g * kWidth, value);
+        sum += value;
       }
-      const T total = reduce(sum, [](T a, T b) WSIS_LAMBDA_INLINE { return a + b; });
-      fine = fine && total >= T(0.5);
-      const T inverse = T(1) / total;
-      for (int32_t g = 0; g < vectors; ++g)
-        store(rows + g * kWidth, load<V>(rows + g * kWidth) * inverse);
+      sum = over_lanes(sum, [](V a, V b) WSIS_LAMBDA_INLINE { return a + b; });
+      least = sum >= least ? least : sum;  // a sum that is not a number stays
+      const V inverse = T(1) / sum;
+      for (int32_t g = 0; g < vectors; ++g) {
+        if constexpr (kVectors != 0) store(rows + g * kWidth, power[g] * inverse);
+        else store(rows + g * kWidth, load<V>(rows + g * kWidth) * inverse);
+      }
     }
-    return fine;
+    T lanes[kWidth];
+    store(lanes, least);
+    return lanes[0] >= T(0.5);
   }
 
-  template <class V, class Op>
-  static WSIS_INLINE T reduce(V values, Op op) {
-    if constexpr (std::is_same_v<V, T>) {
-      return values;
-    } else {
-      T lane[kLanes<V, T>];
-      store(lane, values);
-      for (int half = kLanes<V, T> / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lane[i] = op(lane[i], lane[i + half]);
-      return lane[0];
-    }
-  }
-
+  template <class V>
   WSIS_INLINE void write(const Tile& tile, const T* rows) const {
-    if (probs) store_tile(rows, tiles, tile, call.labels, stride(), probs);
+    if (probs) store_tile<V>(rows, tiles, tile, call.labels, stride(), probs);
     if (!bytes && !integers) return;
     int64_t at = int64_t{tile.y} * tiles.width + tile.x;
     for (int32_t y = 0; y < tile.height; ++y, at += tiles.width - tile.width)
@@ -209,6 +258,8 @@ bool dense_crf(const CrfCall& call, const T* unary, const T* start, T* scratch, 
   const Memory memory(call, probs != nullptr);
   const Tiles tiles(call.height, call.width);
   const int32_t stride = memory.stride;
+  prefer_huge_pages(scratch, memory.total * static_cast<int64_t>(sizeof(T)));
+  if (probs) prefer_huge_pages(probs, tiles.pixels() * call.labels * static_cast<int64_t>(sizeof(T)));
   scratch = aligned(scratch);
   T* factors = scratch;
   std::vector<const T*> sources(call.num_terms);
@@ -222,6 +273,15 @@ bool dense_crf(const CrfCall& call, const T* unary, const T* start, T* scratch, 
     targets[k] = scratch + memory.tables[k];
     sources[k] = targets[k] + round_up(term.lattice.vertices * stride);
   }
+  parallel_for(tiles.count(), call.parts, [&](int, int64_t begin, int64_t end) {
+    for (int32_t k = 0; k < call.num_terms; ++k)
+      for (int64_t t = begin; memory.folded[k] >= 0 && t < end; ++t) {
+        const Tile tile = tiles[t];
+        const TileOf of(call.terms[k].lattice, t, tile);
+        load_weights(of, tiles, tile, call.terms[k].before,
+                     scratch + memory.folded[k] + tile.first * of.corners);
+      }
+  });
   // Where there is a result, the kept unaries lie in its place: the last pass reads the originals.
   T* logits = probs ? probs : scratch + memory.logits;
   std::vector<char> finite(call.parts, 1);

@@ -28,12 +28,14 @@ struct Splat {
   template <class V>
   WSIS_INLINE void splat() const {
     T* aside = side;
+    int32_t offsets[kTilePixels * (kernels::kMaxDims + 1)];
+    fill_offsets(lattice.dims + 1, stride, offsets);
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = lattice.tiles[t];
       const TileOf of(lattice, t, tile);
-      load_tile(values, lattice.tiles, tile, channels, stride, T(1), T(0), buffers.pixels);
-      load_weights(of, lattice.tiles, tile, before, buffers.weights);
-      aside = splat_tile<V>(of, buffers.pixels, buffers.weights, stride, own, table, aside);
+      load_tile<V>(values, lattice.tiles, tile, channels, stride, T(1), T(0), buffers.pixels);
+      const T* weights = load_weights(of, lattice.tiles, tile, before, buffers.weights);
+      dispatch(SplatTile<T>{of, buffers.pixels, weights, stride, offsets, own, table, aside, &aside});
     }
   }
 };
@@ -58,9 +60,9 @@ struct Slice {
       const Tile tile = lattice.tiles[t];
       const TileOf of(lattice, t, tile);
       std::memset(buffers.pixels, 0, sizeof(T) * stride * kTilePixels);
-      load_weights(of, lattice.tiles, tile, after, buffers.weights);
-      slice_tile<V>(of, table, factors, buffers.weights, stride, buffers.rows, buffers.pixels);
-      store_tile(buffers.pixels, lattice.tiles, tile, channels, stride, result);
+      const T* weights = load_weights(of, lattice.tiles, tile, after, buffers.weights);
+      dispatch(SliceTile<T>{of, table, factors, weights, stride, buffers.rows, buffers.pixels});
+      store_tile<V>(buffers.pixels, lattice.tiles, tile, channels, stride, result);
     }
   }
 };

@@ -31,8 +31,10 @@ struct Lattice {
   const int16_t* entries;   // [N, d + 1]: a tile's (pixel, corner) pairs p (d + 1) + r, by vertex
   const int32_t* first;     // [T + 1]: where a tile's vertex list begins
   const uint32_t* rows;     // [V]: vertices of a tile; kFlag: no earlier tile has it
-  const int16_t* counts;    // [V]: entries of the vertex in the tile, falling within a tile
-  const uint32_t* lines;    // [d + 1, M]: vertices along each axis; kFlag: no neighbour before it
+  const int16_t* counts;    // [V]: entries of each, in falling order within a tile
+  const uint32_t* lines;    // [d + 1, M]: vertices along each axis; kFlag: no neighbour before it.
+                            // Those without any neighbour are left out.
+  const int32_t* ends;      // [d + 1]: how many of a row of `lines` there are
   int64_t vertices;
   int32_t dims;
   Tiles tiles;
@@ -51,7 +53,7 @@ Sizes embed(const Points& points, int32_t parts, int64_t* scratch, int16_t* slot
 
 // The rest, once M and V are known, from the same scratch.
 void finish(const Points& points, Sizes sizes, int32_t parts, int64_t* scratch, uint32_t* rows,
-            int16_t* counts, uint32_t* lines);
+            int16_t* counts, uint32_t* lines, int32_t* ends);
 
 struct FilterCall {
   int32_t channels;

@@ -302,7 +302,7 @@ int64_t number(const int32_t* first, int64_t num_tiles, int32_t parts, const Til
 
 template <class Key>
 void find_lines(const KeyLayout<Key>& layout, int64_t vertices, int32_t parts,
-                Scratch<Key>& scratch, uint32_t* lines) {
+                Scratch<Key>& scratch, uint32_t* lines, int32_t* ends) {
   const Table<Key> table{scratch.table, Table<Key>::bits_for(vertices + 1)};
   uint32_t* next = reinterpret_cast<uint32_t*>(scratch.listed);  // number plus 1, or 0
   uint8_t* follows = reinterpret_cast<uint8_t*>(next + vertices);
@@ -320,10 +320,11 @@ void find_lines(const KeyLayout<Key>& layout, int64_t vertices, int32_t parts,
     });
     int64_t to = 0;
     for (int64_t v = 0; v < vertices; ++v) {
-      if (follows[v]) continue;
+      if (follows[v] || !next[v]) continue;
       lines[to++] = static_cast<uint32_t>(v) | kFlag;
       for (uint32_t at = next[v]; at; at = next[at - 1]) lines[to++] = at - 1;
     }
+    ends[axis] = static_cast<int32_t>(to);
   }
 }
 
@@ -393,13 +394,13 @@ Sizes embed(const Points& points, int32_t parts, int64_t* memory, int16_t* slots
 }
 
 void finish(const Points& points, Sizes sizes, int32_t parts, int64_t* memory, uint32_t* rows,
-            int16_t* counts, uint32_t* lines) {
+            int16_t* counts, uint32_t* lines, int32_t* ends) {
   with_keys(points, [&](const auto& layout) {
     using Key = std::remove_const_t<std::remove_reference_t<decltype(layout.ones)>>;
     Scratch<Key> scratch(memory, int64_t{points.height} * points.width * (points.dims() + 1));
     std::memcpy(rows, scratch.rows, sizes.listed * sizeof(uint32_t));
     std::memcpy(counts, scratch.counts, sizes.listed * sizeof(int16_t));
-    find_lines(layout, sizes.vertices, parts, scratch, lines);
+    find_lines(layout, sizes.vertices, parts, scratch, lines, ends);
   });
 }
 

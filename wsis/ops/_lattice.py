@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,24 +17,22 @@ from torch import Tensor
 
 from wsis import _lattice
 from wsis._lattice import Lattice, Term
-from wsis.ops._native import num_threads, stream
+from wsis.errors import InputError
+from wsis.ops._native import num_threads
 
 # ---- devices -----------------------------------------------------------------------------------
 
 
-def driver(device: torch.device) -> Any:
+def driver(device: torch.device) -> ModuleType:
     """What builds and uses lattices on a device: `wsis._lattice` or its twin for CUDA."""
-    return import_module("wsis._lattice_cuda") if device.type == "cuda" else _lattice
-
-
-def driver_options(device: torch.device) -> dict[str, Any]:
-    """The keywords of its functions that depend on the device."""
+    if device.type == "cpu":
+        return _lattice
     if device.type == "cuda":
-        return {"stream": stream(torch.empty(0, device=device))}
-    return {"threads": num_threads()}
+        return import_module("wsis.ops._lattice_cuda")
+    raise InputError(f"tensors must be on cpu or cuda, got {device}")
 
 
-def empty_on(device: torch.device) -> Callable[[tuple[int, ...], str], Tensor]:
+def allocator(device: torch.device) -> Callable[[tuple[int, ...], str], Tensor]:
     """The driver's ``empty``."""
     return lambda shape, kind: torch.empty(shape, dtype=getattr(torch, kind), device=device)
 
@@ -128,12 +127,12 @@ def _lattice_filter(
         driver(values.device).filter(
             lattice,
             values.detach().contiguous(),
-            empty_on(values.device),
+            allocator(values.device),
             before=before,
             after=after,
             reverse=reverse,
             out=out,
-            **driver_options(values.device),
+            threads=num_threads(),
         )
     return out
 
@@ -164,12 +163,12 @@ def _mean_field(
             unary.detach().contiguous(),
             _terms_of(arrays, factors, mixes, sizes),
             iterations,
-            empty_on(unary.device),
+            allocator(unary.device),
             start=None if start is None else start.detach().contiguous(),
             probs=probs,
             labels=labels,
             out=out if probs else None,
-            **driver_options(unary.device),
+            threads=num_threads(),
         )
         out, best = got if probs else out, found if labels else best
     return out, best

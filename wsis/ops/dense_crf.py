@@ -16,13 +16,12 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from wsis.errors import InputError
 from wsis.ops import permutohedral
+from wsis.ops._lattice import allocator, driver, mean_field_op
 from wsis.ops._native import num_threads
 from wsis.ops.norms import as_float
-from wsis.ops.permutohedral import allocator, driver, run_filter
 
 IGNORE = 255  # of label maps: a pixel of which nothing is known
 GT_PROB = 0.7  # jiwoon-ahn/irn misc/imutils.py, ChunyanWang1/RTC
@@ -180,8 +179,8 @@ def dense_crf(
 
     if output not in ("probs", "labels", "both"):
         raise InputError(f"output must be probs, labels or both, got {output!r}")
-    if iterations < 0:
-        raise InputError(f"iterations must be 0 or more, got {iterations}")
+    if not isinstance(iterations, int) or iterations < 0:
+        raise InputError(f"iterations must be 0 or more and an integer, got {iterations}")
     pairwise = _pairwise(preset, terms)
     energies = _energies(unary, unary_kind, num_labels, gt_prob, zero_unsure, clip)
     images = cast(Tensor, images)
@@ -193,87 +192,17 @@ def dense_crf(
         )
     if images.device != energies.device:
         raise InputError(f"images must be on {energies.device}, got {images.device}")
-    if energies.numel() == 0:
-        probs, labels = energies * 1, energies.new_zeros((batch, height, width), dtype=torch.int64)
-    else:
-        made = [_make_term(term, images, classes) for term in pairwise]
-        flat = energies.flatten(2).contiguous()
-        probs, labels = _MeanField.apply(flat, made, iterations, output)
-        probs = None if probs is None else probs.view(energies.shape)
-        labels = None if labels is None else labels.view(batch, height, width).long()
-    return {"probs": probs, "labels": labels, "both": (probs, labels)}[output]
-
-
-class _MeanField(torch.autograd.Function):
-    """The fused mean field; backward steps through the iterations again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, energies: Tensor, terms: list[Any], iterations: int, output: str
-    ) -> tuple[Tensor | None, Tensor | None]:
-        ctx.save_for_backward(energies)
-        ctx.terms, ctx.iterations = terms, iterations
-        probs, labels = _mean_field(
-            energies, terms, iterations, probs=output != "labels", labels=output != "probs"
-        )
-        if labels is not None:
-            ctx.mark_non_differentiable(labels)
-        return probs, labels
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (energies,) = ctx.saved_tensors
-        grad = grads[0]
-        if grad is None:
-            return None, None, None, None
-        steps = [_mean_field(energies, ctx.terms, 0)[0]]
-        for _ in range(ctx.iterations):
-            steps.append(_mean_field(energies, ctx.terms, 1, start=steps[-1])[0])
-        total = torch.zeros_like(energies)
-        while steps:
-            probs = steps.pop()
-            # of the softmax: the logits' gradient
-            logits = probs * (grad - (grad * probs).sum(dim=1, keepdim=True))
-            total -= logits
-            if steps:
-                grad = _through_terms(logits, ctx.terms)
-        return total, None, None, None
-
-
-def _mean_field(
-    energies: Tensor,
-    terms: list[Any],
-    iterations: int,
-    *,
-    start: Tensor | None = None,
-    probs: bool = True,
-    labels: bool = False,
-) -> tuple[Tensor, Tensor]:
-    return driver(energies.device).mean_field(
-        energies.detach(),
-        terms,
-        iterations,
-        allocator(energies.device),
-        start=start,
-        probs=probs,
-        labels=labels,
-        threads=num_threads(),
+    made = [_make_term(term, images, classes) for term in pairwise] if energies.numel() else []
+    if output == "labels":
+        energies = energies.detach()
+    probs, labels = mean_field_op(
+        energies.flatten(2), made, iterations, probs=output != "labels", labels=output != "probs"
     )
-
-
-def _through_terms(logits: Tensor, terms: list[Any]) -> Tensor:
-    """Transpose of ``Q -> sum_k mix_k . (after_k * K_k (before_k * Q))``."""
-    total = torch.zeros_like(logits)
-    classes = logits.shape[1]
-    for term in terms:
-        mix = torch.tensor(term.mix, dtype=logits.dtype, device=logits.device)
-        if len(mix) == classes:
-            mixed = logits * mix[:, None]
-        else:
-            mixed = torch.einsum("ij,bin->bjn", mix.view(classes, classes), logits)
-        total += run_filter(mixed, term.lattice, term.after, term.before, True)
-    return total
+    if output != "labels":
+        probs = probs.view(energies.shape)
+    if output != "probs":
+        labels = labels.view(batch, height, width).long()
+    return {"probs": probs, "labels": labels, "both": (probs, labels)}[output]
 
 
 def _pairwise(preset: str | None, terms: Sequence[Pairwise] | None) -> Sequence[Pairwise]:

@@ -11,20 +11,16 @@ Sizes: ``B`` images, ``C`` channels of values, ``d`` features, ``c`` channels of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from wsis import _lattice
+from wsis._lattice import Lattice
 from wsis.errors import InputError
+from wsis.ops._lattice import allocator, driver, filter_op
 from wsis.ops._native import num_threads
 from wsis.ops.norms import as_float
-
-Lattice = Any
-"""A built lattice: `wsis._lattice.Lattice` on the CPU, its sibling of the device on CUDA."""
 
 
 def permutohedral_filter(
@@ -73,9 +69,16 @@ def permutohedral_filter(
         lattice = feature_lattice(features)
     flat = as_float(values).flatten(2)
     if values.numel() == 0:
-        return flat.view(values.shape) * 1
+        return flat.view(values.shape).clone()
+    assert lattice is not None
+    if flat.shape[2] != lattice.height * lattice.width or lattice.batch not in (1, len(flat)):
+        batch = "B" if lattice.batch == 1 else lattice.batch
+        raise InputError(
+            f"values must be [{batch}, C, {lattice.height}, {lattice.width}] for this lattice, "
+            f"got {_describe(values)}"
+        )
     before, after = normalisers(lattice, normalization, values.device)
-    return _Filter.apply(flat, lattice, before, after, False).view(values.shape)
+    return filter_op(flat, lattice, before, after, False).view(values.shape)
 
 
 def bilateral_filter(
@@ -112,7 +115,7 @@ def bilateral_filter(
             f"{_describe(values)} and {_describe(image)}"
         )
     if values.numel() == 0:
-        return as_float(values) * 1
+        return as_float(values).clone()
     lattice = bilateral_lattice(image, sigma_xy, sigma_rgb)
     return permutohedral_filter(values, normalization=normalization, lattice=lattice)
 
@@ -202,23 +205,7 @@ def gaussian_lattice(
     )
 
 
-# ---- shared with the dense CRF ----------------------------------------------------------------
-
-
-def driver(device: torch.device) -> ModuleType:
-    """The module that builds, filters and runs mean fields on this kind of device."""
-    if device.type == "cpu":
-        return _lattice
-    if device.type == "cuda":
-        from wsis.ops import _lattice_cuda
-
-        return _lattice_cuda
-    raise InputError(f"tensors must be on cpu or cuda, got {device}")
-
-
-def allocator(device: torch.device) -> Callable[[tuple[int, ...], str], Tensor]:
-    """``empty(shape, dtype)`` as the drivers call it."""
-    return lambda shape, dtype: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+# ---- parts -------------------------------------------------------------------------------------
 
 
 def normalisers(
@@ -228,39 +215,6 @@ def normalisers(
     return driver(device).normalisers(
         lattice, normalization, allocator(device), threads=num_threads()
     )
-
-
-def run_filter(
-    values: Tensor,
-    lattice: Lattice,
-    before: Tensor | None,
-    after: Tensor | None,
-    reverse: bool,
-) -> Tensor:
-    """``after * K (before * values)`` of ``[B, C, N]``, outside autograd."""
-    return driver(values.device).filter(
-        lattice,
-        values.detach().contiguous(),
-        allocator(values.device),
-        before=before,
-        after=after,
-        reverse=reverse,
-        threads=num_threads(),
-    )
-
-
-class _Filter(torch.autograd.Function):
-    """Linear; its transpose swaps the factors and blurs the axes backwards."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, *how: Any) -> Tensor:
-        ctx.how = how
-        return run_filter(values, *how)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        lattice, before, after, reverse = ctx.how
-        return _Filter.apply(grads[0], lattice, after, before, not reverse), None, None, None, None
 
 
 def _pair(sigma: float | tuple[float, float]) -> tuple[float, float]:

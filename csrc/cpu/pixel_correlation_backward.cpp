@@ -69,7 +69,8 @@ struct Pair {
                   image + layout.maps_panels);
     if (!units) return;
     tile.compare(image + layout.source, layout.sources, image + layout.terms_panels,
-                 static_cast<int32_t>(layout.terms), [&](V sum, V s) __attribute__((always_inline)) {
+                 static_cast<int32_t>(layout.terms),
+                 [&](V sum, V s) __attribute__((always_inline)) {
                    return kernels::pair_gradient<kSimilarity>(s, sum, inverse);
                  });
     tile.spread(image + layout.rows, layout.stride, static_cast<int32_t>(layout.width),
@@ -97,7 +98,8 @@ struct Finish {
         const T* panel = image + layout.maps_panels + first * layout.classes;
         for (int32_t c = 0; c < call.classes; ++c)
           for (int64_t j = 0; j < count; ++j)
-            cams_gradient[c * n + first + j] += rows[j * layout.classes + c] + panel[c * kPanel + j];
+            cams_gradient[c * n + first + j] +=
+                rows[j * layout.classes + c] + panel[c * kPanel + j];
       }
       if (features_gradient) finish_features(first, count);
     }

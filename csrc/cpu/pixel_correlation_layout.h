@@ -197,12 +197,12 @@ struct CorrelationTile {
     constexpr int kPartLanes = sizeof(Part) / sizeof(T);
     for (int32_t i = 0; i < kStrip; i += kRows) {
       T* to = rows + i * width + c;
-      multiply_block<Part, kRows, kVecs>(Operand<T>{tile + i * kStrip, kStrip, 1}, beside + c,
-                                         stride, kStrip,
-                                         [&](int r, int v, Part sum) __attribute__((always_inline)) {
-                                           T* at = to + r * width + v * kPartLanes;
-                                           store(at, load<Part>(at) + sum);
-                                         });
+      multiply_block<Part, kRows, kVecs>(
+          Operand<T>{tile + i * kStrip, kStrip, 1}, beside + c, stride, kStrip,
+          [&](int r, int v, Part sum) __attribute__((always_inline)) {
+            T* at = to + r * width + v * kPartLanes;
+            store(at, load<Part>(at) + sum);
+          });
     }
   }
 };

@@ -1,6 +1,6 @@
-// Pixel correlation on CUDA: launchers (formulas: kernels/pixel_correlation.h). The h w x h w matrix
-// exists only as tiles in shared memory. A block owns some pixels and walks over all others, so
-// nothing is added by two blocks, and results are the same at every call; the price is that each
+// Pixel correlation on CUDA: launchers (formulas: kernels/pixel_correlation.h). The h w x h w
+// matrix exists only as tiles in shared memory. A block owns some pixels and walks over all others,
+// so nothing is added by two blocks, and results are the same at every call; the price is that each
 // pair is computed twice.
 //
 // Products are in float32 or float64. TF32 tensor cores keep 10 bits, an error of 1e-3 in z, which

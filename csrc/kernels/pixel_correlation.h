@@ -1,4 +1,4 @@
-// Pixel correlation: the arithmetic of one pair of pixels and of one pixel, for scalars and vectors.
+// Pixel correlation: the arithmetic of a pair of pixels and of one pixel, for scalars and vectors.
 //
 // z_ij = u_i . u_j of unit features, S = phi(z), out_cj = sum_i a_ci S_ij / (sum_i S_ij + eps).
 // With h_cj = G_cj / s_j and t_j = -sum_c h_cj out_cj, where G is the gradient of out and s the
@@ -39,8 +39,7 @@ WSIS_HD V pair_gradient(V similarity, V sum, typename Element<V>::Scalar inverse
 }
 
 // Gradient to a feature F from that to u = F / (norm + eps): g / (norm + eps) - u (g . u) / norm.
-// The second factor of u is returned for dot = g . u; at F = 0, where the norm has no gradient, torch
-// takes 0.
+// For dot = g . u this is the factor of u; at F = 0, where the norm has no gradient, torch takes 0.
 template <class T>
 WSIS_HD T along_feature(T dot, T norm) {
   return norm > T(0) ? dot / norm : T(0);

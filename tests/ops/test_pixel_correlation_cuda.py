@@ -198,7 +198,7 @@ def test_nothing_of_the_size_of_all_pairs_is_touched(counting):
 
 def all_checks():
     """Every kernel at odd sizes."""
-    for shape in ((2, 3, 5, 70), (1, 33, 17, 65), (1, 2, 130, 40)):
+    for shape in ((2, 3, 5, 70), (1, 65, 17, 66), (1, 2, 130, 40)):
         yield partial(check, shape=shape)
     yield partial(check, shape=(1, 3, 18, 37), dtype="float64", temperature=0.3)
 

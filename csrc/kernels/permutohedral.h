@@ -32,7 +32,7 @@ WSIS_HD V product(V a, V b) {
 
 // Feature i is multiplied with this: the lattice's blur then has unit variance along each feature.
 // Rounded as the densecrf library does it.
-inline float axis_scale(int i, int dims) {
+WSIS_HD float axis_scale(int i, int dims) {
   const float deviation = static_cast<float>(std::sqrt(2.0 / 3.0) * (dims + 1));
   return static_cast<float>(1.0 / std::sqrt(static_cast<double>((i + 2) * (i + 1))) * deviation);
 }
@@ -125,7 +125,7 @@ constexpr int kTooWide = 1 << 20;
 // they need; the layout is only right if Key has as many. kTooWide: a coordinate leaves the range
 // in which float counts integers.
 template <class Key>
-int make_layout(const float* low, const float* high, int dims, KeyLayout<Key>* layout) {
+WSIS_HD int make_layout(const float* low, const float* high, int dims, KeyLayout<Key>* layout) {
   double from[kMaxDims + 1], to[kMaxDims + 1], sum_low = 0, sum_high = 0;
   for (int j = dims; j > 0; --j) {
     const double scale = axis_scale(j - 1, dims);

@@ -113,8 +113,9 @@ class OptimConfig:
         batch_size: images per optimiser step over all processes and accumulation parts.
         accumulate: parts that a batch is split into, to save memory; prototypes then come from
             one part, and with several processes from one process's share.
-        ema: decay of the exponential moving average of the weights; 0 keeps none. Where there
-            is one, it is what is evaluated.
+        ema: decay of the exponential moving average of the weights (bias-corrected, so that short
+            runs do not keep their first weights); 0 keeps none. Where there is one, it is what is
+            evaluated.
         amp: `off`, `bf16` or `fp16` automatic mixed precision.
     """
 

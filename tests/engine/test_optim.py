@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from wsis.engine.optim import finite_norm, make_optimizer, poly_factor, set_lr
+from wsis.engine.optim import corrected_average, finite_norm, make_optimizer, poly_factor, set_lr
 from wsis.errors import InputError
 
 
@@ -162,3 +163,23 @@ def test_norm_without_gradients():
     assert float(finite_norm([nn.Parameter(torch.ones(2))], 1.0)) == 0.0
     with pytest.raises(InputError, match="max_norm"):
         finite_norm([], 0.0)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 30])
+def test_average_gives_the_first_weights_no_share_of_their_own(updates):
+    model = nn.BatchNorm1d(3).double()  # floating buffers and an integer one
+    average = AveragedModel(model, multi_avg_fn=corrected_average(0.9), use_buffers=True)
+    seen = []
+    for step in range(updates):
+        nn.init.normal_(model.weight)
+        model.running_mean.fill_(step)
+        model.num_batches_tracked.fill_(step)
+        average.update_parameters(model)
+        seen.append((model.weight.detach().clone(), float(step)))
+    shares = torch.tensor([0.9 ** (updates - 1 - i) for i in range(updates)], dtype=torch.float64)
+    shares /= shares.sum()
+    weight = sum(share * weight for share, (weight, _) in zip(shares, seen, strict=True))
+    mean = sum(share * value for share, (_, value) in zip(shares, seen, strict=True))
+    torch.testing.assert_close(average.module.weight, weight, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(average.module.running_mean[0], mean, rtol=1e-12, atol=1e-12)
+    assert average.module.num_batches_tracked == updates - 1

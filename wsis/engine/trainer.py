@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from wsis.config import TrainConfig
@@ -37,7 +37,7 @@ from wsis.engine.device import keep_freed_memory, pick_device
 from wsis.engine.interrupt import StopRequest
 from wsis.engine.logs import RunLog, versions, write_json_atomic, write_text_atomic
 from wsis.engine.meters import RunningMean
-from wsis.engine.optim import finite_norm, make_optimizer, poly_factor, set_lr
+from wsis.engine.optim import corrected_average, finite_norm, make_optimizer, poly_factor, set_lr
 from wsis.engine.step import Siamese, Supervised, mask_losses, weak_losses
 from wsis.engine.validate import classification_map
 from wsis.errors import InputError
@@ -128,7 +128,7 @@ class Trainer:
         )
         self.ema = None
         if config.optim.ema > 0:
-            average = get_ema_multi_avg_fn(config.optim.ema)
+            average = corrected_average(config.optim.ema)
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=config.optim.amp == "fp16" and self.device.type == "cuda"

@@ -99,7 +99,15 @@ def spread(values: list[float | None]) -> str:
     return text if len(known) == 1 else f"{text} ± {(max(known) - min(known)) / 2:.1f}"
 
 
-OPERATORS = ("confusion", "local_affinity", "normalize", "pseudo_masks")
+OPERATORS = (
+    "confusion",
+    "dense_crf",
+    "energy",
+    "local_affinity",
+    "normalize",
+    "pixel_correlation",
+    "pseudo_masks",
+)
 TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(operators, name) for name in OPERATORS},
     "headline": headline,

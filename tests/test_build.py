@@ -47,7 +47,7 @@ def toolkit(tmp_path):
     """A CUDA_HOME whose nvcc only lists."""
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
-    nvcc.write_text("#!/bin/sh\nprintf 'sm_50\\nsm_75\\nsm_120\\nsm_90\\nsm_90a\\n'\n")
+    nvcc.write_text("#!/bin/sh\nprintf 'sm_50\\nsm_75\\nsm_86\\nsm_80\\nsm_121\\nsm_120\\nsm_90\\nsm_90a\\n'\n")
     nvcc.chmod(0o755)
     return nvcc
 
@@ -71,7 +71,7 @@ def test_never_a_silent_cpu_build(build, monkeypatch):
 
 
 def test_architectures(build, toolkit, monkeypatch):
-    assert build.cuda_archs(str(toolkit)) == ["75", "90", "120", "120+PTX"]
+    assert build.cuda_archs(str(toolkit)) == ["75", "80", "90", "120", "120+PTX"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;12.0+PTX")
     assert build.cuda_archs(str(toolkit)) == ["80", "90a", "120", "120+PTX"]
     assert build.gencode("90a") == "-gencode=arch=compute_90a,code=sm_90a"

@@ -47,7 +47,9 @@ def toolkit(tmp_path):
     """A CUDA_HOME whose nvcc only lists."""
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
-    nvcc.write_text("#!/bin/sh\nprintf 'sm_50\\nsm_75\\nsm_86\\nsm_80\\nsm_121\\nsm_120\\nsm_90\\nsm_90a\\n'\n")
+    nvcc.write_text(
+        "#!/bin/sh\nprintf 'sm_50\\nsm_75\\nsm_86\\nsm_80\\nsm_121\\nsm_120\\nsm_90\\nsm_90a\\n'\n"
+    )
     nvcc.chmod(0o755)
     return nvcc
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -101,7 +102,7 @@ def main() -> None:
                 *("python benchmarks/train.py", options.plan, "--root ROOT"),
                 *(["--recipe", options.recipe] if options.recipe != "lite0" else []),
                 *(["--only", options.only] if options.only else []),
-                *budget,
+                *map(shlex.quote, budget),
             ]
         ),
         "date": datetime.now(timezone.utc).date().isoformat(),

@@ -3,6 +3,7 @@
 // lattices' tables are blurred. Two tables of a lattice take turns.
 #include "cpu/dense_crf.h"
 
+#include <limits>
 #include <vector>
 
 #include "cpu/memory.h"
@@ -57,6 +58,82 @@ struct Memory {
   }
 };
 
+// What became of the sums that softmax divides by.
+template <class T>
+struct Sums {
+  T least = std::numeric_limits<T>::max(), most = 0;
+  bool sound() const { return least > T(1e-30) && most < T(1e30); }  // false for NaN, too
+};
+
+// Softmax of the rows of a tile, in place. With kShift a row's largest logit is taken off first; it
+// costs a sixth of the whole walk and is only there to keep the exponentials in range. So in between
+// the first and the last pass logits have the largest of -unary taken off already, and the messages
+// of usual terms do not lead far away from it; the sums tell if they did.
+template <class T, bool kShift>
+struct Softmax {
+  T* rows;
+  int32_t pixels, stride;
+  Sums<T>* sums;
+
+  template <int kBytes>
+  WSIS_INLINE void run() const {
+    using V = RowVector<T, kBytes>;
+    switch (stride) {
+      case 1:
+        return all<T, 1>();
+      case 8:
+        return all<V, 8>();
+      case 16:
+        return all<V, 16>();
+      case 24:
+        return all<V, 24>();
+      default:
+        return all<V, 0>();
+    }
+  }
+
+  // kStride: the stride, or 0 if it is not known; a row that is known stays in registers.
+  template <class V, int kStride>
+  WSIS_INLINE void all() const {
+    constexpr int kStep = kLanes<V, T>;
+    const int32_t vectors = (kStride ? kStride : stride) / kStep;
+    V kept[kStride ? kStride / kStep : 1];
+    V least = V{} + sums->least, largest = V{} + sums->most;
+    T* row = rows;
+    for (int32_t p = 0; p < pixels; ++p, row += vectors * kStep) {
+      V highest{};
+      if constexpr (kShift) {
+        highest = load<V>(row);
+        for (int32_t i = 1; i < vectors; ++i)
+          highest = kernels::larger(highest, load<V>(row + i * kStep));
+        highest = over_lanes(highest, [](V a, V b) WSIS_LAMBDA_INLINE { return a > b ? a : b; });
+      }
+      V sum{};
+      for (int32_t i = 0; i < vectors; ++i) {
+        V v = load<V>(row + i * kStep);
+        v = kShift ? kernels::unnormalised(v, highest) : kernels::exp_moderate(v);
+        if constexpr (kStride != 0)
+          kept[i] = v;
+        else
+          store(row + i * kStep, v);
+        sum += v;
+      }
+      sum = over_lanes(sum, [](V a, V b) WSIS_LAMBDA_INLINE { return a + b; });
+      least = sum >= least ? least : sum;  // a sum that is not a number stays
+      largest = sum > largest ? sum : largest;
+      const V inverse = T(1) / sum;
+      for (int32_t i = 0; i < vectors; ++i)
+        store(row + i * kStep, (kStride ? kept[kStride ? i : 0] : load<V>(row + i * kStep)) * inverse);
+    }
+    T lanes[2][kStep];
+    store(lanes[0], least);
+    store(lanes[1], largest);
+    sums->least = lanes[0][0];
+    sums->most = lanes[1][0];
+  }
+};
+
+// One walk over some of the tiles.
 template <class T>
 struct Pass {
   const CrfCall& call;
@@ -64,7 +141,7 @@ struct Pass {
   const Tiles& tiles;
   const T *unary, *start;  // planes; start only in the first pass
   T* logits;               // -unary of the tiles, rows of C
-  bool keep_logits, read_planes, last, first;
+  bool keep_logits, read_planes, last, first, shift;
   const std::vector<const T*>& sources;  // a table of each term, blurred
   const std::vector<T*>& targets;
   const T* factors;  // [terms, stride]
@@ -74,18 +151,18 @@ struct Pass {
   int32_t* integers;
   int part;
   int64_t begin, end;  // tiles
-  bool* finite;
+  Sums<T>* sums;
 
   template <int kBytes>
   WSIS_INLINE void run() const {
-    stride() == 1 ? walk<T>() : walk<RowVector<T, kBytes>>();
+    memory.stride == 1 ? walk<T>() : walk<RowVector<T, kBytes>>();
   }
-  WSIS_INLINE int32_t stride() const { return memory.stride; }
 
   template <class V>
   WSIS_INLINE void walk() const {
-    T* own_memory = scratch + memory.buffers + part * memory.buffer;
-    const TileBuffers<T> buffers(own_memory, stride(), memory.longest);
+    const int32_t stride = memory.stride;
+    const TileBuffers<T> buffers(scratch + memory.buffers + part * memory.buffer, stride,
+                                 memory.longest);
     T* sides[kMostTerms];
     uint32_t own[kMostTerms];
     for (int32_t k = 0; k < call.num_terms; ++k) {
@@ -95,29 +172,30 @@ struct Pass {
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tiles[t];
       if (t + 1 < end)
-        for (int32_t k = 0; k < call.num_terms; ++k) {
-          if (!first) prefetch_rows(call.terms[k].lattice, t + 1, sources[k], stride());
-          if (!last) prefetch_rows(call.terms[k].lattice, t + 1, targets[k], stride());
-        }
-      load_logits<V>(tile, t + 1 == tiles.count(), buffers.pixels);
+        for (int32_t k = 0; k < call.num_terms; ++k)
+          prefetch_rows(call.terms[k].lattice, t + 1, first ? nullptr : sources[k],
+                        last ? nullptr : targets[k], stride);
+      load_logits<V>(tile, buffers.pixels);
       if (!first)
         for (int32_t k = 0; k < call.num_terms; ++k) {
           const TileOf of(call.terms[k].lattice, t, tile);
           const T* weights = weights_of(k, of, tile, call.terms[k].after, buffers.weights);
-          dispatch(SliceTile<T>{of, sources[k], factors + k * stride(), weights, stride(),
+          dispatch(SliceTile<T>{of, sources[k], factors + k * stride, weights, stride,
                                 buffers.rows, buffers.pixels});
         }
       if (first && start)
-        load_tile<V>(start, tiles, tile, call.labels, stride(), T(1), T(0), buffers.pixels);
+        load_tile<V>(start, tiles, tile, call.labels, stride, T(1), T(0), buffers.pixels);
+      else if (shift)
+        dispatch(Softmax<T, true>{buffers.pixels, tile.pixels(), stride, sums});
       else
-        *finite = softmax<V>(tile.pixels(), buffers.pixels) && *finite;
+        dispatch(Softmax<T, false>{buffers.pixels, tile.pixels(), stride, sums});
       if (last)
         write<V>(tile, buffers.pixels);
       else
         for (int32_t k = 0; k < call.num_terms; ++k) {
           const TileOf of(call.terms[k].lattice, t, tile);
           const T* weights = weights_of(k, of, tile, call.terms[k].before, buffers.weights);
-          dispatch(SplatTile<T>{of, buffers.pixels, weights, stride(), memory.offsets[k].data(),
+          dispatch(SplatTile<T>{of, buffers.pixels, weights, stride, memory.offsets[k].data(),
                                 own[k], targets[k], sides[k], &sides[k]});
         }
     }
@@ -131,94 +209,55 @@ struct Pass {
   }
 
   template <class V>
-  WSIS_INLINE void load_logits(const Tile& tile, bool last_tile, T* rows) const {
-    const int32_t labels = call.labels;
+  WSIS_INLINE void load_logits(const Tile& tile, T* rows) const {
+    const int32_t labels = call.labels, stride = memory.stride;
     const T none = static_cast<T>(kernels::kNoLabel);
     T* kept = logits + tile.first * labels;
     if (read_planes) {
-      load_tile<V>(unary, tiles, tile, labels, stride(), T(-1), none, rows);
+      load_tile<V>(unary, tiles, tile, labels, stride, T(-1), none, rows);
       if (keep_logits)
-        for (int32_t p = 0; p < tile.pixels(); ++p)
-          for (int32_t c = 0; c < labels; ++c) kept[p * labels + c] = rows[p * stride() + c];
+        for (int32_t p = 0; p < tile.pixels(); ++p, kept += labels, rows += stride) {
+          T most = rows[0];
+          for (int32_t c = 1; c < labels; ++c) most = rows[c] > most ? rows[c] : most;
+          for (int32_t c = 0; c < labels; ++c) kept[c] = rows[c] - most;
+        }
       return;
     }
-    // Whole vectors; what lies beyond the labels is the next pixel's.
-    constexpr int kWidth = kLanes<V, T>;
-    const int32_t whole = last_tile ? 0 : labels / kWidth * kWidth;
-    const int32_t rest = last_tile ? 0 : labels - whole;
+    // Below, whole vectors are read: where that would go past the end, single numbers.
+    if ((tiles.pixels() - tile.first - tile.pixels()) * labels < stride) {
+      for (int32_t p = 0; p < tile.pixels(); ++p)
+        for (int32_t c = 0; c < stride; ++c)
+          rows[p * stride + c] = c < labels ? kept[p * labels + c] : none;
+      return;
+    }
+    // What lies beyond the labels is the next pixel's.
+    constexpr int32_t kStep = kLanes<V, T>;
+    const int32_t whole = labels / kStep * kStep;
     BitsOf<V, T> mask{};
     V outside{};
     if constexpr (!std::is_same_v<V, T>)
-      for (int32_t i = 0; i < kWidth; ++i) {
-        mask[i] = i < rest ? -1 : 0;
-        outside[i] = i < rest ? T(0) : none;
+      for (int32_t i = 0; i < kStep; ++i) {
+        mask[i] = i < labels - whole ? -1 : 0;
+        outside[i] = i < labels - whole ? T(0) : none;
       }
-    for (int32_t p = 0; p < tile.pixels(); ++p, kept += labels, rows += stride()) {
+    for (int32_t p = 0; p < tile.pixels(); ++p, kept += labels, rows += stride) {
       int32_t c = 0;
-      for (; c < whole; c += kWidth) store(rows + c, load<V>(kept + c));
-      if (rest) {
+      for (; c < whole; c += kStep) store(rows + c, load<V>(kept + c));
+      if (c < labels) {
         store(rows + c, masked(load<V>(kept + c), mask) + outside);
-        c += kWidth;
+        c += kStep;
       }
-      for (; c < labels; ++c) rows[c] = kept[c];
-      for (; c < stride(); ++c) rows[c] = none;
+      for (; c < stride; c += kStep) store(rows + c, V{} + none);
     }
-  }
-
-  // In place; false if a pixel's sum is not a number.
-  template <class V>
-  WSIS_INLINE bool softmax(int32_t pixels, T* rows) const {
-    switch (stride() / kLanes<V, T>) {
-      case 1:
-        return softmax_rows<V, 1>(pixels, rows);
-      case 2:
-        return softmax_rows<V, 2>(pixels, rows);
-      case 3:
-        return softmax_rows<V, 3>(pixels, rows);
-      case 4:
-        return softmax_rows<V, 4>(pixels, rows);
-      default:
-        return softmax_rows<V, 0>(pixels, rows);
-    }
-  }
-
-  // kVectors of a row stay in registers; 0: as many as there are, in memory.
-  template <class V, int kVectors>
-  WSIS_INLINE bool softmax_rows(int32_t pixels, T* rows) const {
-    constexpr int kWidth = kLanes<V, T>;
-    const int32_t vectors = kVectors ? kVectors : stride() / kWidth;
-    V least = V{} + T(1);
-    V power[kVectors ? kVectors : 1];
-    for (int32_t p = 0; p < pixels; ++p, rows += stride()) {
-      V most = load<V>(rows), sum{};
-      for (int32_t g = 1; g < vectors; ++g) most = kernels::larger(most, load<V>(rows + g * kWidth));
-      most = over_lanes(most, [](V a, V b) WSIS_LAMBDA_INLINE { return a > b ? a : b; });
-      for (int32_t g = 0; g < vectors; ++g) {
-        const V value = kernels::unnormalised(load<V>(rows + g * kWidth), most);
-        if constexpr (kVectors != 0) power[g] = value;
-        else store(rows + g * kWidth, value);
-        sum += value;
-      }
-      sum = over_lanes(sum, [](V a, V b) WSIS_LAMBDA_INLINE { return a + b; });
-      least = sum >= least ? least : sum;  // a sum that is not a number stays
-      const V inverse = T(1) / sum;
-      for (int32_t g = 0; g < vectors; ++g) {
-        if constexpr (kVectors != 0) store(rows + g * kWidth, power[g] * inverse);
-        else store(rows + g * kWidth, load<V>(rows + g * kWidth) * inverse);
-      }
-    }
-    T lanes[kWidth];
-    store(lanes, least);
-    return lanes[0] >= T(0.5);
   }
 
   template <class V>
   WSIS_INLINE void write(const Tile& tile, const T* rows) const {
-    if (probs) store_tile<V>(rows, tiles, tile, call.labels, stride(), probs);
+    if (probs) store_tile<V>(rows, tiles, tile, call.labels, memory.stride, probs);
     if (!bytes && !integers) return;
     int64_t at = int64_t{tile.y} * tiles.width + tile.x;
     for (int32_t y = 0; y < tile.height; ++y, at += tiles.width - tile.width)
-      for (int32_t x = 0; x < tile.width; ++x, ++at, rows += stride()) {
+      for (int32_t x = 0; x < tile.width; ++x, ++at, rows += memory.stride) {
         int32_t best = 0;
         for (int32_t c = 1; c < call.labels; ++c) best = rows[c] > rows[best] ? c : best;
         if (bytes)
@@ -246,53 +285,27 @@ void mix_rows(const double* matrix, int32_t labels, int32_t stride, int64_t rows
   });
 }
 
-}  // namespace
-
-int64_t crf_scratch_size(const CrfCall& call, bool with_probs) {
-  return Memory(call, with_probs).total;
-}
-
+// As dense_crf(), all softmaxes shifted or only those at the ends.
 template <class T>
-bool dense_crf(const CrfCall& call, const T* unary, const T* start, T* scratch, T* probs,
-               uint8_t* bytes, int32_t* integers) {
-  const Memory memory(call, probs != nullptr);
+bool infer(const CrfCall& call, const Memory& memory, bool shift, const T* unary, const T* start,
+           T* scratch, T* probs, uint8_t* bytes, int32_t* integers) {
   const Tiles tiles(call.height, call.width);
   const int32_t stride = memory.stride;
-  prefer_huge_pages(scratch, memory.total * static_cast<int64_t>(sizeof(T)));
-  if (probs) prefer_huge_pages(probs, tiles.pixels() * call.labels * static_cast<int64_t>(sizeof(T)));
-  scratch = aligned(scratch);
-  T* factors = scratch;
   std::vector<const T*> sources(call.num_terms);
   std::vector<T*> targets(call.num_terms);
   for (int32_t k = 0; k < call.num_terms; ++k) {
-    const Term& term = call.terms[k];
-    const double slice = kernels::slice_factor(term.lattice.dims);
-    for (int32_t c = 0; c < stride; ++c)
-      factors[k * stride + c] =
-          static_cast<T>(c >= call.labels ? 0.0 : term.full ? slice : slice * term.mix[c]);
     targets[k] = scratch + memory.tables[k];
-    sources[k] = targets[k] + round_up(term.lattice.vertices * stride);
+    sources[k] = targets[k] + round_up(call.terms[k].lattice.vertices * stride);
   }
-  parallel_for(tiles.count(), call.parts, [&](int, int64_t begin, int64_t end) {
-    for (int32_t k = 0; k < call.num_terms; ++k)
-      for (int64_t t = begin; memory.folded[k] >= 0 && t < end; ++t) {
-        const Tile tile = tiles[t];
-        const TileOf of(call.terms[k].lattice, t, tile);
-        load_weights(of, tiles, tile, call.terms[k].before,
-                     scratch + memory.folded[k] + tile.first * of.corners);
-      }
-  });
   // Where there is a result, the kept unaries lie in its place: the last pass reads the originals.
   T* logits = probs ? probs : scratch + memory.logits;
-  std::vector<char> finite(call.parts, 1);
+  std::vector<Sums<T>> sums(call.parts);
   for (int32_t i = 0; i <= call.iterations; ++i) {
-    const bool last = i == call.iterations;
+    const bool last = i == call.iterations, first = i == 0;
     parallel_for(tiles.count(), call.parts, [&](int part, int64_t begin, int64_t end) {
-      bool fine = true;
-      dispatch(Pass<T>{call, memory, tiles, unary, start, logits, i == 0 && call.iterations > 1,
-                       i == 0 || last, last, i == 0, sources, targets, factors, scratch, probs,
-                       bytes, integers, part, begin, end, &fine});
-      finite[part] = finite[part] && fine;
+      dispatch(Pass<T>{call, memory, tiles, unary, start, logits, first && call.iterations > 1,
+                       first || last, last, first, shift || first || last, sources, targets,
+                       scratch, scratch, probs, bytes, integers, part, begin, end, &sums[part]});
     });
     if (last) break;
     for (int32_t k = 0; k < call.num_terms; ++k) {
@@ -308,9 +321,43 @@ bool dense_crf(const CrfCall& call, const T* unary, const T* start, T* scratch, 
       sources[k] = blurred;
     }
   }
-  for (char fine : finite)
-    if (!fine) return false;
+  for (const Sums<T>& part : sums)
+    if (!part.sound()) return false;
   return true;
+}
+
+}  // namespace
+
+int64_t crf_scratch_size(const CrfCall& call, bool with_probs) {
+  return Memory(call, with_probs).total;
+}
+
+template <class T>
+bool dense_crf(const CrfCall& call, const T* unary, const T* start, T* scratch, T* probs,
+               uint8_t* bytes, int32_t* integers) {
+  const Memory memory(call, probs != nullptr);
+  const Tiles tiles(call.height, call.width);
+  prefer_huge_pages(scratch, memory.total * static_cast<int64_t>(sizeof(T)));
+  if (probs) prefer_huge_pages(probs, tiles.pixels() * call.labels * static_cast<int64_t>(sizeof(T)));
+  scratch = aligned(scratch);
+  for (int32_t k = 0; k < call.num_terms; ++k) {
+    const Term& term = call.terms[k];
+    const double slice = kernels::slice_factor(term.lattice.dims);
+    for (int32_t c = 0; c < memory.stride; ++c)  // of the slice, see Pass::factors
+      scratch[k * memory.stride + c] =
+          static_cast<T>(c >= call.labels ? 0.0 : term.full ? slice : slice * term.mix[c]);
+  }
+  parallel_for(tiles.count(), call.parts, [&](int, int64_t begin, int64_t end) {
+    for (int32_t k = 0; k < call.num_terms; ++k)
+      for (int64_t t = begin; memory.folded[k] >= 0 && t < end; ++t) {
+        const Tile tile = tiles[t];
+        const TileOf of(call.terms[k].lattice, t, tile);
+        load_weights(of, tiles, tile, call.terms[k].before,
+                     scratch + memory.folded[k] + tile.first * of.corners);
+      }
+  });
+  return infer(call, memory, false, unary, start, scratch, probs, bytes, integers) ||
+         infer(call, memory, true, unary, start, scratch, probs, bytes, integers);
 }
 
 template bool dense_crf(const CrfCall&, const float*, const float*, float*, float*, uint8_t*,

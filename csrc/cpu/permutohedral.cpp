@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "cpu/permutohedral_rows.h"
+#include "kernels/dense_crf.h"
 
 namespace wsis::cpu {
 namespace {
@@ -33,7 +34,8 @@ struct Splat {
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = lattice.tiles[t];
       const TileOf of(lattice, t, tile);
-      load_tile<V>(values, lattice.tiles, tile, channels, stride, T(1), T(0), buffers.pixels);
+      load_tile<V>(values, lattice.tiles, tile, channels, stride, T(1), T(0),
+                   buffers.pixels);
       const T* weights = load_weights(of, lattice.tiles, tile, before, buffers.weights);
       dispatch(SplatTile<T>{of, buffers.pixels, weights, stride, offsets, own, table, aside, &aside});
     }

@@ -328,7 +328,7 @@ void find_lines(const KeyLayout<Key>& layout, int64_t vertices, int32_t parts,
   }
 }
 
-// Calls body(Key{}, layout) with keys that are wide enough; false if there are none.
+// Calls body(layout) with keys that are wide enough; false where float cannot count coordinates.
 template <class Body>
 bool with_keys(const Points& points, Body body) {
   float low[kMaxDims], high[kMaxDims];
@@ -339,9 +339,9 @@ bool with_keys(const Points& points, Body body) {
     body(narrow);
     return true;
   }
+  if (bits == kernels::kTooWide) return false;
   KeyLayout<WideKey> wide;
-  if (bits > static_cast<int>(8 * sizeof(WideKey))) return false;
-  kernels::make_layout(low, high, points.dims(), &wide);
+  kernels::make_random_layout(points.dims(), &wide);
   body(wide);
   return true;
 }

@@ -1,94 +1,17 @@
 // Moving values between pixels and lattice vertices; what the filter and the mean field share.
 //
-// Values of a vertex, and of a pixel of a tile, are rows of `stride` channels side by side: 1, or a
-// multiple of 8, so that a row is a few whole vectors. The rows of a tile's vertices are copied into
-// a short table first, which stays in the first-level cache while the tile's pixels read it.
+// The rows of a tile's vertices are copied into a short table first, which stays in the first-level
+// cache while the tile's pixels read it.
 #pragma once
 
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/parallel.h"
 #include "cpu/permutohedral.h"
-#include "cpu/simd.h"
-#include "kernels/dense_crf.h"
-
-#define WSIS_LAMBDA_INLINE __attribute__((always_inline))
+#include "cpu/row_vectors.h"
 
 namespace wsis::cpu {
-
-inline int32_t stride_for(int32_t channels) { return channels == 1 ? 1 : (channels + 7) / 8 * 8; }
-
-// Wider vectors than 32 bytes do not pay: rows of 24 channels would be cut unevenly.
-template <class T, int kBytes>
-using RowVector = Vector<T, (kBytes < 32 ? kBytes : 32)>;
-
-template <class V, class T>
-constexpr int kLanes = static_cast<int>(sizeof(V) / sizeof(T));
-
-// Masks of a vector (or a scalar) of T.
-template <class T>
-using IntegerLike = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-template <class V, class T>
-struct MaskOf {
-  using type = Vector<IntegerLike<T>, sizeof(V)>;
-};
-template <class T>
-struct MaskOf<T, T> {
-  using type = IntegerLike<T>;
-};
-template <class V, class T>
-using BitsOf = typename MaskOf<V, T>::type;
-
-template <class V, class Bits>
-WSIS_INLINE V masked(V value, Bits mask) {
-  return kernels::bit_cast<V>(kernels::bit_cast<Bits>(value) & mask);
-}
-
-// A vector whose lanes all hold the sum (largest) of the lanes of another.
-template <class V, class Op>
-WSIS_INLINE V over_lanes(V v, Op op) {
-  if constexpr (sizeof(V) == sizeof(typename kernels::Element<V>::Scalar)) {
-    return v;
-  } else {
-    constexpr int kCount = kLanes<V, typename kernels::Element<V>::Scalar>;
-    if constexpr (kCount == 8) {
-      v = op(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
-      v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
-      return op(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
-    } else if constexpr (kCount == 4) {
-      v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
-      return op(v, __builtin_shufflevector(v, v, 1, 0, 3, 2));
-    } else {
-      static_assert(kCount == 2, "rows are made of vectors of 2, 4 or 8");
-      return op(v, __builtin_shufflevector(v, v, 1, 0));
-    }
-  }
-}
-
-// Calls body(count, first) for groups of at most kGroup of the `vectors` vectors of a row, which are
-// kept in registers together.
-constexpr int kGroup = 6;
-template <class Body>
-WSIS_INLINE void for_groups(int32_t vectors, Body body) {
-  int32_t first = 0;
-  for (; vectors - first > kGroup; first += kGroup) body(std::integral_constant<int, kGroup>{}, first);
-  switch (vectors - first) {
-    case 1:
-      return body(std::integral_constant<int, 1>{}, first);
-    case 2:
-      return body(std::integral_constant<int, 2>{}, first);
-    case 3:
-      return body(std::integral_constant<int, 3>{}, first);
-    case 4:
-      return body(std::integral_constant<int, 4>{}, first);
-    case 5:
-      return body(std::integral_constant<int, 5>{}, first);
-    default:
-      return body(std::integral_constant<int, 6>{}, first);
-  }
-}
 
 // One tile of a lattice.
 struct TileOf {
@@ -110,12 +33,20 @@ struct TileOf {
   }
 };
 
-// Asks for the rows of a tile that comes soon.
+// Asks for the rows of a tile that comes soon, in two tables (one may be null).
 template <class T>
-WSIS_INLINE void prefetch_rows(const Lattice& lattice, int64_t tile, const T* table, int32_t stride) {
-  for (int32_t i = lattice.first[tile]; i < lattice.first[tile + 1]; ++i) {
-    const char* row = reinterpret_cast<const char*>(table + int64_t{lattice.rows[i] & ~kFlag} * stride);
-    for (size_t at = 0; at < stride * sizeof(T); at += 64) __builtin_prefetch(row + at, 0, 2);
+WSIS_INLINE void prefetch_rows(const Lattice& lattice, int64_t tile, const T* source,
+                               const T* target, int32_t stride) {
+  const int32_t bytes = stride * static_cast<int32_t>(sizeof(T));
+  const auto* from = reinterpret_cast<const char*>(source);
+  const auto* to = reinterpret_cast<const char*>(target);
+  const uint32_t* row = lattice.rows + lattice.first[tile];
+  for (const uint32_t* end = lattice.rows + lattice.first[tile + 1]; row != end; ++row) {
+    const int64_t offset = int64_t{*row & ~kFlag} * bytes;
+    for (int32_t at = 0; at < bytes; at += 64) {
+      if (source) __builtin_prefetch(from + offset + at, 0, 2);
+      if (target) __builtin_prefetch(to + offset + at, 0, 2);
+    }
   }
 }
 
@@ -152,33 +83,6 @@ struct TileBuffers {
 };
 
 // ---- planes ------------------------------------------------------------------------------------
-
-// A square of numbers, vectors of `rows` becoming columns. Halves are exchanged at growing distance.
-template <class V>
-WSIS_INLINE void transpose(V* rows) {
-  constexpr int kCount = kLanes<V, typename kernels::Element<V>::Scalar>;
-  const auto exchange = [&](int distance, auto low, auto high) WSIS_LAMBDA_INLINE {
-    for (int i = 0; i < kCount; ++i) {
-      if (i & distance) continue;
-      const V a = rows[i], b = rows[i + distance];
-      rows[i] = low(a, b);
-      rows[i + distance] = high(a, b);
-    }
-  };
-#define WSIS_SHUFFLE(...) [](V a, V b) WSIS_LAMBDA_INLINE { return __builtin_shufflevector(a, b, __VA_ARGS__); }
-  if constexpr (kCount == 8) {
-    exchange(1, WSIS_SHUFFLE(0, 8, 2, 10, 4, 12, 6, 14), WSIS_SHUFFLE(1, 9, 3, 11, 5, 13, 7, 15));
-    exchange(2, WSIS_SHUFFLE(0, 1, 8, 9, 4, 5, 12, 13), WSIS_SHUFFLE(2, 3, 10, 11, 6, 7, 14, 15));
-    exchange(4, WSIS_SHUFFLE(0, 1, 2, 3, 8, 9, 10, 11), WSIS_SHUFFLE(4, 5, 6, 7, 12, 13, 14, 15));
-  } else if constexpr (kCount == 4) {
-    exchange(1, WSIS_SHUFFLE(0, 4, 2, 6), WSIS_SHUFFLE(1, 5, 3, 7));
-    exchange(2, WSIS_SHUFFLE(0, 1, 4, 5), WSIS_SHUFFLE(2, 3, 6, 7));
-  } else {
-    static_assert(kCount == 2, "rows are made of vectors of 2, 4 or 8");
-    exchange(1, WSIS_SHUFFLE(0, 2), WSIS_SHUFFLE(1, 3));
-  }
-#undef WSIS_SHUFFLE
-}
 
 // planes [channels, N] -> the tile's rows, times `sign`; further channels become `rest`.
 template <class V, class T>
@@ -263,52 +167,38 @@ struct SliceTile {
 
   template <int kBytes>
   WSIS_INLINE void run() const {
-    stride == 1 ? slice<T>() : slice<RowVector<T, kBytes>>();
-  }
-
-  template <class V>
-  WSIS_INLINE void slice() const {
-    for_groups(stride / kLanes<V, T>, [&](auto group, int32_t first) WSIS_LAMBDA_INLINE {
-      constexpr int kVectors = decltype(group)::value;
-      copy_rows<V, kVectors>(first * kLanes<V, T>);
+    for_pieces<T, kBytes>(stride, [&](auto piece, int32_t at) WSIS_LAMBDA_INLINE {
+      copy_rows(piece, at);
       if (of.corners == 3)
-        add_rows<V, kVectors, 3>(first * kLanes<V, T>);
+        add_rows<3>(piece, at);
       else if (of.corners == 6)
-        add_rows<V, kVectors, 6>(first * kLanes<V, T>);
+        add_rows<6>(piece, at);
       else
-        add_rows<V, kVectors, 0>(first * kLanes<V, T>);
+        add_rows<0>(piece, at);
     });
   }
 
-  template <class V, int kVectors>
-  WSIS_INLINE void copy_rows(int32_t at) const {
-    constexpr int kWidth = kLanes<V, T>;
-    V factor[kVectors];
-    for (int g = 0; g < kVectors; ++g) factor[g] = load<V>(factors + at + g * kWidth);
+  template <class Row>
+  WSIS_INLINE void copy_rows(Row factor, int32_t at) const {
+    factor.read(factors + at);
     const uint32_t* row = of.rows;
     T* to = rows + at;
     for (const uint32_t* end = row + of.listed; row != end; ++row, to += stride) {
       const T* from = table + int64_t{*row & ~kFlag} * stride + at;
-      for (int g = 0; g < kVectors; ++g)
-        store(to + g * kWidth, load<V>(from + g * kWidth) * factor[g]);
+      factor.write_product(to, from);
     }
   }
 
-  template <class V, int kVectors, int kCorners>
-  WSIS_INLINE void add_rows(int32_t at) const {
-    constexpr int kWidth = kLanes<V, T>;
+  template <int kCorners, class Row>
+  WSIS_INLINE void add_rows(Row sum, int32_t at) const {
     const int32_t corners = kCorners ? kCorners : of.corners;
     const int16_t* slot = of.slots;
     const T *weight = weights, *base = rows + at;
     T* to = pixels + at;
     for (int32_t p = of.pixels; p > 0; --p, to += stride, slot += corners, weight += corners) {
-      V sum[kVectors];
-      for (int g = 0; g < kVectors; ++g) sum[g] = load<V>(to + g * kWidth);
-      for (int32_t r = 0; r < corners; ++r) {
-        const T* row = base + slot[r] * stride;
-        for (int g = 0; g < kVectors; ++g) sum[g] += load<V>(row + g * kWidth) * weight[r];
-      }
-      for (int g = 0; g < kVectors; ++g) store(to + g * kWidth, sum[g]);
+      sum.read(to);
+      for (int32_t r = 0; r < corners; ++r) sum.add(base + slot[r] * stride, weight[r]);
+      sum.write(to);
     }
   }
 };
@@ -327,42 +217,40 @@ struct SplatTile {
 
   template <int kBytes>
   WSIS_INLINE void run() const {
-    stride == 1 ? splat<T>() : splat<RowVector<T, kBytes>>();
-  }
-
-  template <class V>
-  WSIS_INLINE void splat() const {
-    for_groups(stride / kLanes<V, T>, [&](auto group, int32_t first) WSIS_LAMBDA_INLINE {
-      own == 0 ? add<V, decltype(group)::value, true>(first * kLanes<V, T>)
-               : add<V, decltype(group)::value, false>(first * kLanes<V, T>);
+    for_pieces<T, kBytes>(stride, [&](auto piece, int32_t at) WSIS_LAMBDA_INLINE {
+      own == 0 ? add<true>(piece, at) : add<false>(piece, at);
     });
   }
 
-  template <class V, int kVectors, bool kAllOwn>
-  WSIS_INLINE void add(int32_t at) const {
-    using Bits = BitsOf<V, T>;
-    constexpr int kWidth = kLanes<V, T>;
+  template <bool kAllOwn, class Row>
+  WSIS_INLINE void add(Row sum, int32_t at) const {
     const T* values = pixels + at;
     const int16_t* entry = of.entries;
     T* aside_at = side + at;
+    Row other;
     for (int32_t v = 0; v < of.listed; ++v) {
-      V sum[kVectors] = {};
-      for (int32_t i = of.counts[v]; i > 0; --i, ++entry) {
-        const T* from = values + offsets[*entry];
-        const T weight = weights[*entry];
-        for (int g = 0; g < kVectors; ++g) sum[g] += load<V>(from + g * kWidth) * weight;
+      sum.clear();
+      other.clear();
+      int32_t count = of.counts[v];
+      if (count & 1) {
+        sum.add(values + offsets[*entry], weights[*entry]);
+        ++entry;
       }
-      const uint32_t row = of.rows[v] & ~kFlag;
-      if (!kAllOwn && row < own) {
-        for (int g = 0; g < kVectors; ++g) store(aside_at + g * kWidth, sum[g]);
+      for (count >>= 1; count > 0; --count, entry += 2) {  // two sums: neither waits for the other
+        sum.add(values + offsets[entry[0]], weights[entry[0]]);
+        other.add(values + offsets[entry[1]], weights[entry[1]]);
+      }
+      sum.add(other);
+      const uint32_t row = of.rows[v];
+      if (!kAllOwn && (row & ~kFlag) < own) {
+        sum.write(aside_at);
         aside_at += stride;
         continue;
       }
       // Masked, not branched over: nobody could predict it.
-      const Bits old = Bits{} - (of.rows[v] & kFlag ? 0 : 1);
-      T* to = table + int64_t{row} * stride + at;
-      for (int g = 0; g < kVectors; ++g)
-        store(to + g * kWidth, masked(load<V>(to + g * kWidth), old) + sum[g]);
+      T* to = table + int64_t{row & ~kFlag} * stride + at;
+      sum.add_if(to, ~(static_cast<int32_t>(row) >> 31));
+      sum.write(to);
     }
     *aside = aside_at - at;
   }
@@ -425,43 +313,37 @@ struct BlurLines {
 
   template <int kBytes>
   WSIS_INLINE void run() const {
-    if (stride == 1)
-      blur<T>();
-    else
-      blur<RowVector<T, kBytes>>();
+    for_pieces<T, kBytes>(
+        stride, [&](auto piece, int32_t at) WSIS_LAMBDA_INLINE { blur(piece, table + at); });
   }
 
-  template <class V>
-  WSIS_INLINE void blur() const {
-    using Bits = BitsOf<V, T>;
-    constexpr int kWidth = kLanes<V, T>;
+  template <class Row>
+  WSIS_INLINE void blur(Row before, T* base) const {
     constexpr int64_t kAhead = 12;
-    for_groups(stride / kWidth, [&](auto group, int32_t first) WSIS_LAMBDA_INLINE {
-      constexpr int kVectors = decltype(group)::value;
-      T* base = table + first * kWidth;
-      V before[kVectors] = {}, here[kVectors], next[kVectors];
-      T* to = base + int64_t{lines[begin] & ~kFlag} * stride;
-      for (int g = 0; g < kVectors; ++g) here[g] = load<V>(to + g * kWidth);
-      for (int64_t i = begin; i < end; ++i) {
-        // The next vertex in memory; it counts if it continues the line.
-        const uint32_t line = i + 1 < end ? lines[i + 1] : lines[i] | kFlag;
-        T* from = base + int64_t{line & ~kFlag} * stride;
-        const Bits same = Bits{} - (line & kFlag ? 0 : 1);
-        if (i + kAhead < end) {
-          const T* later = base + int64_t{lines[i + kAhead] & ~kFlag} * stride;
-          for (int g = 0; g < kVectors; g += 64 / static_cast<int>(sizeof(V)) + (sizeof(V) > 64))
-            __builtin_prefetch(later + g * kWidth, 1);
-        }
-        for (int g = 0; g < kVectors; ++g) {
-          next[g] = load<V>(from + g * kWidth);
-          const V after = masked(next[g], same);
-          store(to + g * kWidth, here[g] + (before[g] + after) * T(0.5));
-          before[g] = masked(here[g], same);
-          here[g] = next[g];
-        }
-        to = from;
+    Row here, next;
+    T* to = base + int64_t{lines[begin] & ~kFlag} * stride;
+    before.clear();
+    here.read(to);
+    for (int64_t i = begin; i < end; ++i) {
+      // The next vertex in memory; it counts if it continues the line.
+      const uint32_t line = i + 1 < end ? lines[i + 1] : lines[i] | kFlag;
+      T* from = base + int64_t{line & ~kFlag} * stride;
+      const auto same = ~(static_cast<int32_t>(line) >> 31);
+      if (i + kAhead < end) {
+        const T* later = base + int64_t{lines[i + kAhead] & ~kFlag} * stride;
+        __builtin_prefetch(later, 1);
+        __builtin_prefetch(later + 64 / sizeof(T), 1);
       }
-    });
+      next.read(from);
+      before.add_if(from, same);
+      before.scale(T(0.5));
+      before.add(here);
+      before.write(to);
+      before = here;
+      before.keep_if(same);
+      here = next;
+      to = from;
+    }
   }
 };
 
@@ -473,11 +355,12 @@ void blur(const Lattice& lattice, int32_t stride, bool reverse, int32_t parts, T
     const int64_t count = lattice.ends[axis];
     // Starting a thread costs more than blurring some thousand rows.
     const int64_t most = 1 + count * stride / (1 << 17);
-    parallel_for(count, static_cast<int>(std::min<int64_t>(parts, most)), [&](int, int64_t begin, int64_t end) {
-      while (begin < end && !(lines[begin] & kFlag)) ++begin;  // whole lines
-      while (end < count && !(lines[end] & kFlag)) ++end;
-      if (begin < end) dispatch(BlurLines<T>{table, stride, lines, begin, end});
-    });
+    parallel_for(count, static_cast<int>(std::min<int64_t>(parts, most)),
+                 [&](int, int64_t begin, int64_t end) {
+                   while (begin < end && !(lines[begin] & kFlag)) ++begin;  // whole lines
+                   while (end < count && !(lines[end] & kFlag)) ++end;
+                   if (begin < end) dispatch(BlurLines<T>{table, stride, lines, begin, end});
+                 });
   }
 }
 

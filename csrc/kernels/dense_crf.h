@@ -23,6 +23,19 @@ WSIS_HD V unnormalised(V logit, V highest) {
   return exp_nonpositive(logit - highest);
 }
 
+// exp(x) for x that should be moderate: infinity or nonsense of that size above 88, which the sum of
+// a pixel's labels tells; 0 below -87.3.
+template <class V>
+WSIS_HD V exp_moderate(V x) {
+  using T = typename Element<V>::Scalar;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    const V limited = x > 88.7f ? V{} + 88.7f : x;
+    return exp_nonpositive_float(limited);
+  } else {
+    return Element<V>::exponential(x);
+  }
+}
+
 // Factors of a pixel from what the plain filter makes of ones; the constant of the densecrf library.
 template <class T>
 WSIS_HD T symmetric_normaliser(T filtered_ones) {

@@ -103,14 +103,14 @@ template <class Key>
 struct KeyLayout {
   Key unit[kMaxDims + 1];  // 1 in the field of a coordinate; 0 for the last
   Key ones;                // all of them
-  int32_t shift[kMaxDims], bias[kMaxDims];
+  int32_t shift[kMaxDims], bias[kMaxDims];  // bits; what is added to the coordinate
   int32_t dims;
 
   // `count` is `dims`, for the sake of a compiler that knows it.
   WSIS_HD Key pack(const int32_t* coordinates, int count) const {
     Key key = 0;
     for (int i = 0; i < count; ++i)
-      key += static_cast<Key>(static_cast<uint32_t>(coordinates[i] + bias[i])) << shift[i];
+      key += static_cast<Key>(static_cast<int64_t>(coordinates[i] + bias[i])) * unit[i];
     return key;
   }
   // From corner r - 1 to corner r, if `coordinate` has rank d - r + 1.
@@ -156,6 +156,30 @@ WSIS_HD int make_layout(const float* low, const float* high, int dims, KeyLayout
     bits += width;
   }
   return bits;
+}
+
+// Keys of any dimension and range: coordinates times random odd numbers, added up. Two vertices
+// among M share a key with a probability of M^2 / 2^128, which is never (2^64: one in 10^7 images,
+// where the compiler has no wider integer). Steps between vertices are differences of keys as above.
+template <class Key>
+void make_random_layout(int dims, KeyLayout<Key>* layout) {
+  uint64_t state = 0;
+  const auto random = [&state] {  // SplitMix64 (Steele, Lea, Flood 2014)
+    uint64_t z = state += 0x9e3779b97f4a7c15;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return z ^ (z >> 31);
+  };
+  layout->dims = dims;
+  layout->ones = 0;
+  for (int i = 0; i <= dims; ++i) {
+    Key unit = 0;
+    for (size_t word = 0; word < sizeof(Key) / 8; ++word)
+      unit |= static_cast<Key>(random() | (word == 0)) << (64 * word % (8 * sizeof(Key)));
+    layout->unit[i] = i < dims ? unit : 0;
+    if (i < dims) layout->bias[i] = layout->shift[i] = 0;
+    layout->ones += layout->unit[i];
+  }
 }
 
 WSIS_HD uint64_t mix(uint64_t key) { return (key ^ (key >> 32)) * uint64_t{0x9e3779b97f4a7c15}; }

@@ -66,10 +66,11 @@ def permutohedral_filter(
                 f"features must be [{values.shape[0]} or 1, d, {_sides(values)}] on "
                 f"{values.device}, got {_describe(features)} on {features.device}"
             )
-        lattice = feature_lattice(features)
     flat = as_float(values).flatten(2)
     if values.numel() == 0:
         return flat.view(values.shape).clone()
+    if features is not None:
+        lattice = feature_lattice(features)
     assert lattice is not None
     if flat.shape[2] != lattice.height * lattice.width or lattice.batch not in (1, len(flat)):
         batch = "B" if lattice.batch == 1 else lattice.batch
@@ -212,6 +213,8 @@ def normalisers(
     lattice: Lattice, normalization: str, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
     """Factors before and after the filter, see `wsis._lattice.normalisers`."""
+    if normalization == "none":
+        return None, None
     return driver(device).normalisers(
         lattice, normalization, allocator(device), threads=num_threads()
     )

@@ -30,14 +30,15 @@ constexpr int kStride = kGroup == 1 ? 1 : kGroup + 1;
 template <class T, int kGroup>
 __device__ void load_chunk(const Pass<T>& pass, int32_t pixel, int32_t chunk, Quad<T>* tile) {
   const int64_t plane = pass.tiling.pixels();
-  const T* from = pass.values + static_cast<int64_t>(blockIdx.y) * pass.classes * plane + pixel;
+  const int64_t from = static_cast<int64_t>(blockIdx.y) * pass.classes * plane + pixel;
+  const bool given = pass.values && pixel >= 0;
   for (int q = 0; q < kGroup; ++q) {
     Quad<T> quad;
     for (int k = 0; k < 4; ++k) {
       const int32_t c = (chunk * kGroup + q) * 4 + k;
-      quad.value[k] = c >= pass.classes          ? (pass.softmax ? T(-INFINITY) : T(0))
-                      : pass.values && pixel >= 0 ? pass.sign * from[c * plane]
-                                                  : T(0);
+      quad.value[k] = c >= pass.classes ? (pass.softmax ? T(-INFINITY) : T(0))
+                      : given           ? pass.sign * pass.values[from + c * plane]
+                                        : T(0);
     }
     tile[threadIdx.x * kStride<kGroup> + q] = quad;
   }

@@ -277,15 +277,15 @@ def test_launches_and_bytes(counting, room, compat, between):
 
 
 def all_checks():
+    """Every kernel, small: sanitizers give every emulated thread one of its own."""
     for room in (0, ROOM):
         for compat in ("potts", "diagonal", "matrix"):
-            yield partial(check_crf, compat=compat, room=room)
-    for classes in (1, 5, 13, 21):
-        yield partial(check_crf, size=(5, 17), classes=classes)
-    yield partial(check_crf, size=(5, 17), classes=13, dtype="float64")
-    yield partial(check_crf, size=(5, 17), start=True, normalization="before")
-    yield partial(check_crf, size=(5, 17), normalization="after", iterations=1)
-    yield partial(check_crf, size=(5, 7), classes=40)
+            yield partial(check_crf, size=(17, 9), compat=compat, room=room)
+    for classes, room in ((1, ROOM), (5, ROOM), (13, 0), (21, 0), (40, 0)):
+        yield partial(check_crf, size=(5, 7), classes=classes, room=room)
+    yield partial(check_crf, size=(5, 7), classes=13, dtype="float64", room=0)
+    yield partial(check_crf, size=(5, 7), start=True, normalization="before")
+    yield partial(check_crf, size=(5, 7), normalization="after", iterations=1)
     yield partial(check_crf, size=(2, 3), batch=1, classes=300, iterations=1, room=0)
 
 

@@ -32,7 +32,7 @@ def operators(name: str) -> str:
     result = read(name)
     groups: dict[str, dict[str, dict]] = {}
     for row in result["benchmarks"]:
-        how = re.sub(r"(.*\[)?([^\]]*?-)?([^\]-]*)\]?", r"\3", row["name"]).replace("_", " ")
+        how = re.split(r"[\[-]", row["name"].rstrip("]"))[-1].replace("_", " ")
         groups.setdefault(row["group"], {})[how] = row
     memory = any("peak_mib" in row for row in result["benchmarks"])
     lines = ["| operation | wsis, ms | against | ms | ratio |", "|---|---|---|---|---|"]

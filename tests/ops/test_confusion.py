@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference import confusion as reference
+from tests.workers import run_forked
 from wsis import _C
 from wsis.errors import InputError
 from wsis.ops import _native, confusion_matrix, threshold_curve
@@ -125,8 +125,7 @@ def test_works_after_fork(monkeypatch):
     monkeypatch.setattr(_native, "_TOUCHED_PER_THREAD", 1)
     pred, target = maps((61, 75), 6)
     expected = confusion_matrix(pred, target, 6)  # threads have run in the parent
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        results = pool.starmap_async(confusion_matrix, [(pred, target, 6)] * 4).get(timeout=20)
+    results = run_forked(confusion_matrix, pred, target, 6)
     assert all(np.array_equal(counts, expected) for counts in results)
 
 

@@ -3,7 +3,6 @@ in test_dense_crf.py."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import subprocess
@@ -17,6 +16,7 @@ import torch
 
 from tests import emulator
 from tests.ops.test_dense_crf import PSA, photograph, scores
+from tests.workers import run_forked
 from wsis import _C, _lattice
 from wsis.ops.dense_crf import Bilateral, Features, Gaussian, _make_term, dense_crf
 from wsis.ops.permutohedral import permutohedral_filter
@@ -45,8 +45,7 @@ def test_threads_do_not_matter(monkeypatch):
             assert np.array_equal(got, wanted)
 
 
-def forked(_):
-    """In a worker, where torch's own threads may be stuck: no torch arithmetic."""
+def mean_field():
     lattice = _lattice.build_image((40, 50), np.empty, spatial=(3, 3), threads=3)
     term = _lattice.make_term(lattice, 3, "symmetric", 4, np.empty, threads=3)
     unary = np.random.default_rng(0).random((1, 4, 2000), np.float32)
@@ -54,10 +53,8 @@ def forked(_):
 
 
 def test_works_after_fork():
-    expected = forked(0)  # threads have run in the parent
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        results = pool.map_async(forked, range(4)).get(timeout=60)
-    assert all(np.array_equal(result, expected) for result in results)
+    expected = mean_field()  # threads have run in the parent
+    assert all(np.array_equal(result, expected) for result in run_forked(mean_field))
 
 
 @pytest.mark.parametrize("isa", ["baseline", "x86-64-v3"])

@@ -3,7 +3,6 @@ compilation, bad input. Values are in test_local_affinity.py."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 
 from tests import emulator
 from tests.ops.test_local_affinity import REFINERS, random_case
+from tests.workers import run_forked
 from wsis import _C
 from wsis.errors import InputError
 from wsis.ops import _native
@@ -39,8 +39,7 @@ def test_threads_do_not_matter(monkeypatch, kind):
             assert np.array_equal(got, wanted)
 
 
-def forked(_):
-    """In a worker, where torch's own threads may be stuck: no torch arithmetic."""
+def refined():
     image, masks = random_case((29, 43), 5, torch.float32)
     return pamr(image, masks).numpy()
 
@@ -48,10 +47,8 @@ def forked(_):
 def test_works_after_fork(monkeypatch):
     monkeypatch.setattr(_native, "num_threads", lambda: 4)
     monkeypatch.setattr(_native, "_TOUCHED_PER_THREAD", 1)
-    expected = forked(0)  # threads have run in the parent
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        results = pool.map_async(forked, range(4)).get(timeout=60)
-    assert all(np.array_equal(result, expected) for result in results)
+    expected = refined()  # threads have run in the parent
+    assert all(np.array_equal(result, expected) for result in run_forked(refined))
 
 
 @pytest.mark.parametrize("isa", ["baseline", "x86-64-v3"])

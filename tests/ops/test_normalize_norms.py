@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference import normalize_torch as reference
+from tests.workers import run_forked
 from wsis import _C
 from wsis.errors import InputError
 from wsis.ops import _native, ctr_scores, max_norm, seed_scores
@@ -197,10 +196,7 @@ def test_works_after_fork(monkeypatch):
     monkeypatch.setattr(_native, "num_threads", lambda: 4)
     monkeypatch.setattr(_native, "_TOUCHED_PER_THREAD", 1)
     expected = forward_only(1)  # threads have run in the parent
-    # torch's own threads do not survive a fork; its DataLoader workers start the same way
-    with multiprocessing.get_context("fork").Pool(2, torch.set_num_threads, (1,)) as pool:
-        results = pool.map_async(forward_only, [1] * 4).get(timeout=20)
-    assert all(np.array_equal(scores, expected) for scores in results)
+    assert all(np.array_equal(scores, expected) for scores in run_forked(forward_only, 1))
 
 
 @pytest.mark.parametrize(

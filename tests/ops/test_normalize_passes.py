@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.reference import normalize_torch as reference
 from tests.reference.normalize import labels_reference
+from tests.workers import run_forked
 from wsis import _C
 from wsis.errors import InputError
 from wsis.ops import _native, cams_to_labels, normalize_cams
@@ -191,9 +191,7 @@ def test_works_after_fork(monkeypatch):
     monkeypatch.setattr(_native, "num_threads", lambda: 4)
     monkeypatch.setattr(_native, "_TOUCHED_PER_THREAD", 1)
     expected = large_scores(1)  # threads have run in the parent; stored around the caches
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        results = pool.map_async(large_scores, [1] * 4).get(timeout=20)
-    assert all(np.array_equal(scores, expected) for scores in results)
+    assert all(np.array_equal(scores, expected) for scores in run_forked(large_scores, 1))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

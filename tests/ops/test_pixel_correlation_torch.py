@@ -3,7 +3,6 @@ compilation, memory, bad input. Values are in test_pixel_correlation.py."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 from tests import emulator
 from tests.ops.test_pixel_correlation import draw
 from tests.ops.test_uninitialised import check, with_gradient
+from tests.workers import run_forked
 from wsis import _C
 from wsis.errors import InputError
 from wsis.ops import _native
@@ -40,8 +40,7 @@ def test_threads_do_not_matter(monkeypatch, batch, size):
             assert np.array_equal(got, wanted)
 
 
-def forked(_):
-    """In a worker, where torch's own threads may be stuck: no torch arithmetic."""
+def correlated():
     cams, features = draw(1, 2, 5, 20, 20)
     return pixel_correlation(cams, features).numpy()
 
@@ -49,10 +48,8 @@ def forked(_):
 def test_works_after_fork(monkeypatch):
     monkeypatch.setattr(_native, "num_threads", lambda: 4)
     monkeypatch.setattr(_native, "_TOUCHED_PER_THREAD", 1)
-    expected = forked(0)  # threads have run in the parent
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        results = pool.map_async(forked, range(4)).get(timeout=60)
-    assert all(np.array_equal(result, expected) for result in results)
+    expected = correlated()  # threads have run in the parent
+    assert all(np.array_equal(result, expected) for result in run_forked(correlated))
 
 
 @pytest.mark.parametrize("isa", ["baseline", "x86-64-v3"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference import pseudo_masks as reference
+from tests.workers import run_forked
 from wsis import _C
 from wsis.ops import _native
 from wsis.ops.pseudo_masks import pseudo_labels, pseudo_stack, pseudo_unit
@@ -225,18 +224,15 @@ def test_threads_do_not_matter(monkeypatch):
         assert all(torch.equal(x, y) for x, y in zip(other, results[0], strict=True))
 
 
-def in_worker(seed):
-    torch.set_num_threads(1)
+def all_arrays():
     return [x.numpy() for x in everything(rand(4, 4, 31, 23), FOUR, boxes(4, (31, 23)))]
 
 
 def test_works_after_fork(monkeypatch):
     monkeypatch.setattr(_native, "num_threads", lambda: 4)
     monkeypatch.setattr(_native, "_TOUCHED_PER_THREAD", 1)
-    expected = in_worker(0)  # threads have run in the parent
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        results = pool.map_async(in_worker, range(4)).get(timeout=20)
-    for result in results:
+    expected = all_arrays()  # threads have run in the parent
+    for result in run_forked(all_arrays):
         assert all(np.array_equal(x, y) for x, y in zip(result, expected, strict=True))
 
 

@@ -206,11 +206,14 @@ def test_wrong_arguments(wrong):
         make_pseudo_masks(cams, image, label, torch.tensor([[0, 8, 0, 8]]), **wrong)
 
 
-def test_cams_that_are_not_finite_are_refused():
-    cams, image, label = torch.rand(1, 2, 8, 8), torch.rand(1, 3, 8, 8), torch.ones(1, 2)
-    cams[0, 1, 3, 3] = float("nan")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_cams_that_are_not_finite_are_refused_where_they_are_read(value):
+    cams, image, box = torch.rand(1, 2, 8, 8), torch.rand(1, 3, 8, 8), torch.tensor([[0, 8, 0, 8]])
+    without = make_pseudo_masks(cams, image, torch.tensor([[1, 0]]), box)
+    cams[0, 1, 3, 3] = value
     with pytest.raises(InputError, match="finite"):
-        make_pseudo_masks(cams, image, label, torch.tensor([[0, 8, 0, 8]]))
+        make_pseudo_masks(cams, image, torch.ones(1, 2), box)
+    assert torch.equal(make_pseudo_masks(cams, image, torch.tensor([[1, 0]]), box), without)
 
 
 def test_class_ids_do_not_meet_the_ignore_value():

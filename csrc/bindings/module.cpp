@@ -16,6 +16,8 @@ void bind_pixel_correlation(py::module_& m);
 void bind_pseudo_masks(py::module_& m);
 void bind_permutohedral(py::module_& m);
 void bind_dense_crf(py::module_& m);
+void bind_random_walk(py::module_& m);
+void bind_stencil_affinity(py::module_& m);
 #if defined(WSIS_WITH_CUDA)
 void bind_dense_crf_cuda(py::module_& m);
 #endif
@@ -53,6 +55,8 @@ PYBIND11_MODULE(_C, m) {
   wsis::bind_pseudo_masks(m);
   wsis::bind_permutohedral(m);
   wsis::bind_dense_crf(m);
+  wsis::bind_random_walk(m);
+  wsis::bind_stencil_affinity(m);
 #if defined(WSIS_WITH_CUDA)
   wsis::bind_dense_crf_cuda(m);
 #endif

@@ -10,6 +10,7 @@ from typing import Any
 _HOME = {
     "PixelCorrelation": "pixel_correlation",
     "add_background": "normalize",
+    "attention_propagate": "random_walk",
     "bilateral_filter": "permutohedral",
     "bilateral_lattice": "permutohedral",
     "cams_to_labels": "normalize",
@@ -17,6 +18,7 @@ _HOME = {
     "ctr_scores": "norms",
     "dense_crf": "dense_crf",
     "dense_energy_loss": "energy",
+    "disc_offsets": "random_walk",
     "feature_lattice": "permutohedral",
     "gated_crf_loss": "gated_crf",
     "gaussian_lattice": "permutohedral",
@@ -24,16 +26,21 @@ _HOME = {
     "max_norm": "norms",
     "normalize_cams": "normalize",
     "one_hot_max": "norms",
+    "pair_affinity": "random_walk",
     "pamr": "local_affinity",
     "par": "local_affinity",
+    "path_affinity": "random_walk",
     "permutohedral_filter": "permutohedral",
     "pixel_correlation": "pixel_correlation",
     "propagate": "local_affinity",
+    "propagate_to_edge": "random_walk",
+    "random_walk": "random_walk",
     "refine": "local_affinity",
     "seed_scores": "norms",
     "threshold_curve": "confusion",
     "varm": "local_affinity",
     "window_filter": "gated_crf",
+    "window_mask": "random_walk",
 }
 
 __all__ = sorted(_HOME)

@@ -18,6 +18,7 @@ void bind_permutohedral(py::module_& m);
 void bind_dense_crf(py::module_& m);
 void bind_random_walk(py::module_& m);
 void bind_stencil_affinity(py::module_& m);
+void bind_score_boxes(py::module_& m);
 #if defined(WSIS_WITH_CUDA)
 void bind_dense_crf_cuda(py::module_& m);
 #endif
@@ -57,6 +58,7 @@ PYBIND11_MODULE(_C, m) {
   wsis::bind_dense_crf(m);
   wsis::bind_random_walk(m);
   wsis::bind_stencil_affinity(m);
+  wsis::bind_score_boxes(m);
 #if defined(WSIS_WITH_CUDA)
   wsis::bind_dense_crf_cuda(m);
 #endif

@@ -25,7 +25,7 @@ USAGE = """\
 usage: wsis COMMAND [OPTIONS]
 
   train      learn masks from image-level labels; then evaluate and write the report
-  evaluate   score a trained run, or a folder of mask PNGs
+  evaluate   score a trained run, a folder of mask PNGs, or stored CAMs (evaluate cam)
   predict    masks of one image or a folder of images
   refine     stored CAMs, probabilities or labels of a folder of images to masks
   data       check a data set, or look at a sample of it
@@ -222,9 +222,14 @@ def _run_folder(out: str | None, recipe: str, *, resume: bool) -> Path:
 
 
 def _evaluate(arguments: list[str]) -> int:
+    if arguments[:1] == ["wsol"]:
+        from wsis.cli_wsol import evaluate_wsol
+
+        return evaluate_wsol(arguments[1:])
     parser = _parser(
         "evaluate",
-        "Score a trained run on its val split and rewrite its report, or score mask PNGs.",
+        "Score a trained run on its val split and rewrite its report, or score mask PNGs. "
+        "`wsis evaluate wsol` scores localization.",
     )
     parser.add_argument("run", nargs="?", type=str | None, help="folder of a trained run")
     parser.add_argument("--weights", type=str, default="last", help="last | best | a weights file")

@@ -57,6 +57,29 @@ def test_evaluate_and_predict_with_a_crf(trained, tree, tmp_path, capsys):
     assert main(["predict", str(trained), str(image), "--crf", "psaa"]) == 2
 
 
+def test_localization_of_a_run(trained, tree, tmp_path, capsys):
+    root = tmp_path / "tree"
+    shutil.copytree(tree, root)
+    labels = json.loads((root / "labels.json").read_text())["labels"]
+    boxes = {name: [[8, 8, 40, 50, kinds[0]]] for name, kinds in labels.items() if kinds}
+    (root / "boxes.json").write_text(json.dumps({"boxes": boxes}))
+    arguments = ["evaluate", "wsol", str(trained), "--root", str(root), "--step", "0.01"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "MaxBoxAccV2" in printed and "refined CAM" in printed and "boxes of" in printed
+    result = json.loads((tmp_path / "out" / "localization.json").read_text())
+    for kind in ("cam", "refined"):
+        assert 0 <= result[kind]["MaxBoxAccV2"] <= 100 and 0 < result[kind]["PxAP"] <= 100
+        assert result[kind]["images"] == len([name for name in boxes if name.startswith("val")])
+    with Image.open(tmp_path / "out" / "localization.png") as picture:
+        assert picture.size == (3 * 256, result["cam"]["images"] * 256)
+    (root / "boxes.json").unlink()
+    assert main(arguments) == 2
+    assert "Annotations" in capsys.readouterr().err
+    assert main(["evaluate", "wsol"]) == 2
+    assert main(["evaluate", "wsol", str(trained), "--metadata", "x"]) == 2
+
+
 def test_a_run_leaves_all_it_promises(trained, tree):
     metrics = json.loads((trained / "metrics.json").read_text())
     assert 0 <= metrics["scores"]["miou"] <= 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,18 +32,36 @@ def write_contact_sheet(
     if min(count, columns, tile) < 1:
         raise InputError(f"count, columns and tile must be >= 1, got {count}, {columns}, {tile}")
     indices = sample_indices(len(dataset), count)
-    rows = 2 if dataset.has_masks else 1
-    width, height = min(columns, len(indices)), rows * -(-len(indices) // columns)
-    sheet = Image.new("RGB", (tile * width, tile * height), "white")
     colours = class_colours(dataset.mask_ids)
-    for place, index in enumerate(indices):
-        image = dataset.image(index)
-        pictures = [np.array(image)]
-        if dataset.has_mask(index):
-            pictures.append(overlay_mask(image, dataset.mask(index), colours))
-        for row, picture in enumerate(pictures):
+    lines: list[list[np.ndarray]] = []
+    for start in range(0, len(indices), columns):
+        images = [(i, dataset.image(i)) for i in indices[start : start + columns]]
+        lines.append([np.array(image) for _, image in images])
+        if dataset.has_masks:
+            lines.append(
+                [
+                    overlay_mask(image, dataset.mask(i), colours)
+                    if dataset.has_mask(i)
+                    else np.full((1, 1, 3), 255, np.uint8)
+                    for i, image in images
+                ]
+            )
+    write_grid(path, lines, tile=tile)
+
+
+def write_grid(path: Path, lines: Sequence[Sequence[np.ndarray]], *, tile: int = 192) -> None:
+    """Lines of RGB pictures, each fitted into a square, as one PNG.
+
+    Args:
+        path: PNG file to write.
+        lines: ``[H, W, 3] uint8`` pictures, from the top.
+        tile: side of the square of a picture, pixels.
+    """
+    sheet = Image.new("RGB", (tile * max(map(len, lines)), tile * len(lines)), "white")
+    for row, line in enumerate(lines):
+        for column, picture in enumerate(line):
             fitted = ImageOps.contain(Image.fromarray(picture), (tile - 4, tile - 4))
-            x = (place % columns) * tile + (tile - fitted.width) // 2
-            y = ((place // columns) * rows + row) * tile + (tile - fitted.height) // 2
+            x = column * tile + (tile - fitted.width) // 2
+            y = row * tile + (tile - fitted.height) // 2
             sheet.paste(fitted, (x, y))
     write_picture(path, sheet)

@@ -1,0 +1,84 @@
+"""The command ``wsis evaluate wsol``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from wsis.cli import _next_free as next_free
+from wsis.cli import _parser as make_parser
+from wsis.cli import load_config
+from wsis.errors import InputError
+
+
+def evaluate_wsol(arguments: list[str]) -> int:
+    """Parse, score, print the table; returns the exit code."""
+    parser = make_parser(
+        "evaluate wsol",
+        "Localization by boxes (MaxBoxAcc, MaxBoxAccV2, GT-known) and pixels (PxAP): of stored "
+        "score maps with wsolevaluation's metadata, or of a trained run on data in VOC's layout.",
+    )
+    parser.add_argument("run", nargs="?", type=str | None, help="folder of a trained run")
+    parser.add_argument(
+        "--scoremaps", type=str | None, default=None, help="folder of IMAGE_ID.npy, 224 x 224"
+    )
+    parser.add_argument(
+        "--metadata", type=str | None, default=None, help="such as metadata/CUB/test"
+    )
+    parser.add_argument(
+        "--mask_root", type=str | None, default=None, help="where the metadata's masks are"
+    )
+    parser.add_argument("--step", type=float, default=0.001, help="between thresholds")
+    parser.add_argument("--threshold", type=float, default=0.2, help="of GT-known")
+    parser.add_argument("--weights", type=str, default="last", help="last | best | a weights file")
+    parser.add_argument("--root", type=str | None, default=None, help="data set's folder")
+    parser.add_argument("--split", type=str | None, default=None, help="list of images [val]")
+    parser.add_argument("--device", type=str | None, default=None, help="auto | cpu | cuda | ...")
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="where the figures go [RUN/wsol-N]"
+    )
+    options = parser.parse_args(arguments)
+    if (options.run is None) == (options.scoremaps is None):
+        raise InputError("give a run folder, or --scoremaps and --metadata; see --help")
+    if (options.scoremaps is None) != (options.metadata is None):
+        raise InputError("--scoremaps and --metadata go together, and with no run folder")
+
+    from wsis.evaluate import localize
+
+    rules = {"step": options.step, "fixed": options.threshold}
+    if options.scoremaps is not None:
+        from wsis.data.localization import read_metadata
+        from wsis.engine.logs import write_json_atomic
+
+        truth = read_metadata(options.metadata, options.mask_root)
+        if options.out is not None:
+            Path(options.out).mkdir(parents=True, exist_ok=True)
+        result = localize.evaluate_scoremaps(options.scoremaps, truth, **rules)
+        if options.out is not None:
+            write_json_atomic(Path(options.out) / "localization.json", result)
+        rows = {"score maps": result}
+    else:
+        from dataclasses import asdict
+
+        from wsis.engine.build import open_split
+        from wsis.evaluate.protocols import Protocol
+        from wsis.evaluate.run import load_model
+
+        folder = Path(options.run)
+        config = load_config(folder / "config.yaml")
+        config.data.root = options.root or config.data.root
+        config.device = options.device or config.device
+        dataset = open_split(config.data, options.split or config.data.val_split)
+        out = Path(options.out) if options.out else next_free(folder / "wsol")
+        result = localize.evaluate_run_localization(
+            load_model(config, folder, len(dataset.classes), options.weights),
+            dataset,
+            protocol=Protocol(**asdict(config.predict), checkpoint=options.weights),
+            out=out,
+            **rules,
+        )
+        rows = {"CAM": result["cam"], "refined CAM": result["refined"]}
+    print(localize.format_localization({k: v for k, v in rows.items() if v is not None}))
+    print(f"protocol: {result['protocol']['line']}")
+    if options.run is not None:
+        print(f"figures and pictures: {out}")
+    return 0

@@ -9,7 +9,6 @@ Sizes: ``B`` batch, ``K`` foreground classes, ``h w`` grid of tokens, ``N = h w`
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsis.errors import InputError
+from wsis.ops.random_walk import attention_propagate, window_mask
 from wsis.types import BACKGROUND
-
-N_POW = 2
-"""Power of the attention in rulixiang/afa; its ``n_log_iter`` is 0, one product."""
 
 
 def get_mask_by_radius(h: int = 20, w: int = 20, radius: int = 8) -> np.ndarray[Any, Any]:
@@ -31,15 +28,7 @@ def get_mask_by_radius(h: int = 20, w: int = 20, radius: int = 8) -> np.ndarray[
         >>> get_mask_by_radius(2, 2, 0).sum()
         4.0
     """
-    return _window(int(h), int(w), int(radius)).copy()
-
-
-@lru_cache(maxsize=8)
-def _window(h: int, w: int, radius: int) -> np.ndarray[Any, Any]:
-    y, x = np.divmod(np.arange(h * w), max(w, 1))
-    near = abs(y[:, None] - y) <= radius
-    near &= abs(x[:, None] - x) <= radius
-    return near.astype(np.float64)
+    return window_mask(int(h), int(w), int(radius)).numpy().astype(np.float64)
 
 
 def propagte_aff_cam(cams: Any, aff: Any = None, mask: Any = None) -> Any:
@@ -62,9 +51,7 @@ def propagte_aff_cam(cams: Any, aff: Any = None, mask: Any = None) -> Any:
     """
     if not isinstance(cams, Tensor):
         return propagte_aff_cam(*map(_tensor, (cams, aff, mask))).numpy()
-    weight = _powered(cams, aff, mask)
-    out = cams.flatten(2) @ weight / (weight.sum(dim=1, keepdim=True) + 1e-4)
-    return out.view_as(cams)
+    return attention_propagate(cams, _masked(cams, aff, mask), eps=1e-4)
 
 
 def propagte_aff_cam_with_bkg(
@@ -99,16 +86,15 @@ def propagte_aff_cam_with_bkg(
         raise InputError("cls_labels and bkg_score must be given")
     if cls_labels.shape != cams.shape[:2]:
         raise InputError(f"cls_labels must be {list(cams.shape[:2])}, got {list(cls_labels.shape)}")
-    weight = _powered(cams, aff, mask)
-    planes = F.pad(cams.flatten(2), (0, 0, 1, 0), value=float(bkg_score))
-    present = F.pad(cls_labels.to(cams.device) != 0, (1, 0), value=True)[..., None]
+    attention = _masked(cams, aff, mask)
+    planes = F.pad(cams, (0, 0, 0, 0, 1, 0), value=float(bkg_score))
+    present = F.pad(cls_labels.to(cams.device) != 0, (1, 0), value=True)[..., None, None]
     probs = planes.masked_fill(~present, float("-inf")).softmax(dim=1)
-    out = probs @ weight / (weight.sum(dim=1, keepdim=True) + 1e-1)
-    return out.unflatten(2, cams.shape[2:])
+    return attention_propagate(probs, attention, eps=1e-1)
 
 
-def _powered(cams: Tensor, aff: Any, mask: Any) -> Tensor:
-    """``[B, N, N]``: the attention squared, 0 where masked."""
+def _masked(cams: Tensor, aff: Any, mask: Any) -> Tensor:
+    """The attention without gradient, 0 where masked."""
     if cams.dim() != 4 or aff is None:
         raise InputError("cams must be [B, K, h, w] and aff be given")
     batch, tokens = len(cams), cams.shape[2] * cams.shape[3]
@@ -117,10 +103,9 @@ def _powered(cams: Tensor, aff: Any, mask: Any) -> Tensor:
             f"aff must be [{batch}, {tokens}, {tokens}] for cams {list(cams.shape)}, "
             f"got {list(aff.shape)}"
         )
-    weight = aff.detach() ** N_POW
-    if mask is not None:
-        weight *= torch.as_tensor(mask, device=weight.device) != 0
-    return weight
+    if mask is None:
+        return aff.detach()
+    return aff.detach().masked_fill(torch.as_tensor(mask, device=aff.device) == 0, 0)
 
 
 def _tensor(array: Any) -> Any:

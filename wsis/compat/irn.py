@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from wsis.errors import InputError
-from wsis.ops import random_walk as walk
+from wsis.ops.random_walk import propagate_to_edge as spread_to_edge
+from wsis.ops.random_walk import random_walk as walk
 from wsis.types import BACKGROUND
 
 Array = np.ndarray[Any, Any]
@@ -219,9 +220,11 @@ def propagate_to_edge(
         raise InputError(
             f"edge must be [1, {height}, {width}] for x {list(x.shape)}, got {list(edge.shape)}"
         )
-    maps = x.reshape(1, -1, height, width)
-    edge = edge.detach().reshape(1, height, width).to(x.dtype)
-    out = walk.propagate_to_edge(maps, edge, radius=radius, beta=beta, log_steps=exp_times)
+    maps, boundary = x.reshape(1, -1, height, width), edge.detach().reshape(1, height, width)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out = spread_to_edge(
+        maps.to(wide), boundary.to(maps.device, wide), radius, beta=beta, log_steps=exp_times
+    )
     return out[0, :, None].to(x.dtype)
 
 
@@ -271,9 +274,7 @@ def random_walk(x: Any, aff: Any, ind: Any, beta: float, times: int) -> Any:
         ind = (ind.src_indices, ind.dst_indices)
     affinity, offsets = _stencil(torch.as_tensor(aff, device=x.device).detach(), ind, grid)
     affinity = affinity[..., : size[0], pad : pad + size[1]]
-    wide = x if x.dtype == torch.float64 else x.float()
-    affinity = _cut(affinity.to(wide.dtype), offsets)
-    out = walk.random_walk(wide[None], affinity, offsets, beta=beta, log_steps=times)
+    out = walk(x[None], affinity, offsets, beta=beta, log_steps=times)
     return out[0].to(x.dtype)
 
 
@@ -300,15 +301,6 @@ def _stencil(aff: Tensor, ind: Any, grid: tuple[int, int]) -> tuple[Tensor, Tens
     stencil = aff.new_zeros(1, len(offsets), grid[0] * grid[1])
     stencil[0][:, sources.to(aff.device)] = aff.reshape(partners.shape)
     return stencil.view(1, len(offsets), *grid), offsets
-
-
-def _cut(affinity: Tensor, offsets: Tensor) -> Tensor:
-    """Without the pairs whose partner lies outside."""
-    height, width = affinity.shape[-2:]
-    y, x = torch.arange(height)[:, None], torch.arange(width)
-    dy, dx = offsets[:, 0, None, None], offsets[:, 1, None, None]
-    inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
-    return affinity * inside.to(affinity)
 
 
 class GetAffinityLabelFromIndices:

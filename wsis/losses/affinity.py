@@ -269,7 +269,7 @@ class _Displacement(torch.autograd.Function):
                     grad[here] += sign
                     grad[there] -= sign
         counts = torch.stack([(labels == kind).sum() for kind in kinds])
-        divisors = 2 * counts + eps
+        divisors = 2 * counts.double() + eps
         ctx.save_for_backward(divisors, *(g for g in grads if g is not None))
         foreground, background = (sums / divisors).to(field.dtype)
         return foreground, background

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from wsis.cli import _parser as make_parser
-from wsis.offline.refine import Refinement
+from wsis.offline.refine import Method, Refinement
 from wsis.offline.refine_folder import refine_folder
 
 
@@ -28,8 +28,22 @@ def refine(arguments: list[str]) -> int:
         "--workers", type=int | None, default=None, help="processes on the CPU [one per core]"
     )
     parser.add_argument("--overwrite", type=bool, default=False, help="make all masks again")
+    parser.add_argument(
+        "--edges",
+        type=str | None,
+        default=None,
+        help="for --op walk: folder of boundary maps in [0, 1] (jiwoon-ahn/irn), one beside each",
+    )
+    parser.add_argument(
+        "--features",
+        type=str | None,
+        default=None,
+        help="for --op walk or pcm: folder of [F, h, w] features (AffinityNet, SEAM) instead",
+    )
+    parser.add_argument("--op", type=Method | None, default=None, help="the same as --method")
     parser.add_class_arguments(Refinement)
     options = parser.parse_args(arguments)
+    options.method = options.op or options.method
     written, kept = refine_folder(
         options.images,
         options.maps,
@@ -39,6 +53,8 @@ def refine(arguments: list[str]) -> int:
         workers=options.workers,
         names=options.names,
         overwrite=options.overwrite,
+        edges=options.edges,
+        features=options.features,
     )
     print(f"{written} masks written to {options.out}, {kept} were there")
     return 0

@@ -27,7 +27,8 @@ from wsis.engine.device import pick_device
 from wsis.engine.logs import write_error, write_json_atomic
 from wsis.errors import InputError
 from wsis.offline.masks import write_mask
-from wsis.offline.refine import Refinement, refine_maps
+from wsis.offline.refine import Method, Refinement, refine_maps
+from wsis.offline.spread import Guide, GuideKind, read_guide
 from wsis.offline.stored import SUFFIXES, StoredMaps, read_maps
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -45,6 +46,8 @@ def refine_folder(
     workers: int | None = None,
     names: str | Path | None = None,
     overwrite: bool = False,
+    edges: str | Path | None = None,
+    features: str | Path | None = None,
 ) -> tuple[int, int]:
     """Refines every file of a folder of maps; see `wsis.offline.stored` for what they may be.
 
@@ -61,6 +64,9 @@ def refine_folder(
             and 1 work in this process.
         names: text file of the stems to take, one per line; all by default.
         overwrite: make masks that are there again.
+        edges: for a walk, folder with a boundary map of the same stem for every file of maps; see
+            `wsis.offline.spread.read_guide`.
+        features: for a walk or PCM, folder with features instead.
 
     Returns:
         How many masks were written, and how many were there already.
@@ -75,7 +81,8 @@ def refine_folder(
     if workers < 0:
         raise InputError(f"workers must be 0 or more, got {workers}")
     target = pick_device(_own_gpu(device))
-    todo, done = _plan(Path(images), Path(maps), Path(out), how, names, overwrite)
+    guides = find_guides(how.method, edges, features)
+    todo, done = _plan(Path(images), Path(maps), Path(out), how, names, overwrite, guides)
     rank, world = _shard()
     problems: list[str] = []
     bar = tqdm(desc="refine", total=len(todo) + done, initial=done, unit="image", disable=rank > 0)
@@ -99,6 +106,48 @@ class _Job:
     image: Path
     maps: Path
     mask: Path
+    guide: Path | None = None
+    guide_kind: GuideKind | None = None
+
+
+@dataclass(frozen=True)
+class Guides:
+    """A folder of what affinities come from.
+
+    Attributes:
+        kind: of its files.
+        folder: where they lie.
+    """
+
+    kind: GuideKind
+    folder: Path
+
+    def files(self) -> dict[str, Path]:
+        """Its files by stem; InputError where there are none."""
+        suffixes = {".npy", ".npz", ".png"} if self.kind == "edges" else {".npy", ".npz"}
+        return by_stem(self.folder, suffixes, self.kind)
+
+
+def find_guides(
+    method: Method, edges: str | Path | None, features: str | Path | None
+) -> Guides | None:
+    """Where a method takes its affinities from; InputError where the folders do not go with it."""
+    if edges is not None and features is not None:
+        raise InputError("give --edges or --features, not both")
+    if method == "walk" and edges is None and features is None:
+        raise InputError(
+            "a walk needs, for every file of maps, a boundary map (--edges FOLDER) or features of "
+            "AffinityNet (--features FOLDER)"
+        )
+    if edges is not None:
+        if method != "walk":
+            raise InputError(f"--edges goes with the walk only, got {method}")
+        return Guides("edges", Path(edges))
+    if features is not None:
+        if method not in ("walk", "pcm"):
+            raise InputError(f"--features goes with walk and pcm only, got {method}")
+        return Guides("features", Path(features))
+    return None
 
 
 def _plan(
@@ -108,21 +157,27 @@ def _plan(
     how: Refinement,
     names: str | Path | None,
     overwrite: bool,
+    guides: Guides | None = None,
 ) -> tuple[list[_Job], int]:
     """This process's share of what is to be made, and how much of it is there."""
-    pictures = _by_stem(images, IMAGE_SUFFIXES, "images")
-    files = _by_stem(maps, set(SUFFIXES), "maps")
-    if out.resolve() in (images.resolve(), maps.resolve()):
+    pictures = by_stem(images, IMAGE_SUFFIXES, "images")
+    files = by_stem(maps, set(SUFFIXES), "maps")
+    inputs = [("maps", files, maps), ("image", pictures, images)]
+    if guides:
+        inputs.append((guides.kind, guides.files(), guides.folder))
+    if out.resolve() in [folder.resolve() for _, _, folder in inputs]:
         raise InputError(f"{out} holds the inputs; choose another --out")
     wanted = sorted(files) if names is None else list(dict.fromkeys(read_list(Path(names))))
-    for kind, found, folder in (("maps", files, maps), ("image", pictures, images)):
+    for kind, found, folder in inputs:
         missing = [name for name in wanted if name not in found]
         if missing:
             raise InputError(
                 f"{folder}: no {kind} for {len(missing)} of {len(wanted)} names, "
                 f"the first is '{missing[0]}'"
             )
-    settings = _settings(how)
+    guide_kind = guides.kind if guides else None
+    beside = inputs[2][1] if guides else {}
+    settings = _settings(how, guide_kind)
     record = out / SETTINGS
     if record.is_file() and not overwrite and (stored := read_json(record)) != settings:
         changed = [
@@ -133,7 +188,10 @@ def _plan(
             "another --out, or make them again with --overwrite true"
         )
     rank, world = _shard()
-    jobs = [_Job(pictures[n], files[n], out / f"{n}.png") for n in wanted[rank::world]]
+    jobs = [
+        _Job(pictures[n], files[n], out / f"{n}.png", beside.get(n), guide_kind)
+        for n in wanted[rank::world]
+    ]
     if overwrite:
         # First of all: a run that is stopped must not leave masks of two settings behind.
         for job in jobs:
@@ -148,15 +206,25 @@ def _plan(
     return todo, len(jobs) - len(todo)
 
 
-def _settings(how: Refinement) -> dict[str, Any]:
+_LOCAL = ("iterations", "dilations")
+_OWN = {
+    "crf": ("preset", "iterations", "gt_prob"),
+    "walk": ("radius", "beta", "log_steps"),
+    "pcm": (),
+}
+"""What decides about the masks of a method, beside the maps and their background."""
+
+
+def _settings(how: Refinement, guide: GuideKind | None) -> dict[str, Any]:
     """What decides about the masks, as JSON gives it back."""
-    values = {**asdict(how), "dilations": list(how.dilations)}
-    for name in ("dilations",) if how.method == "crf" else ("preset", "gt_prob"):
-        del values[name]
-    return values
+    values = {**asdict(how.filled(guide)), "dilations": list(how.dilations)}
+    kept = ("method", "kind", "background", "alpha", *_OWN.get(how.method, _LOCAL))
+    settings = {name: values[name] for name in values if name in kept}
+    return settings | ({"guide": guide} if how.method in ("walk", "pcm") else {})
 
 
-def _by_stem(folder: Path, suffixes: set[str], what: str) -> dict[str, Path]:
+def by_stem(folder: Path, suffixes: set[str], what: str) -> dict[str, Path]:
+    """The files of a folder by stem; InputError where there are none, or two of one name."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected {what} in it")
     found: dict[str, Path] = {}
@@ -230,8 +298,8 @@ def _run_on_gpu(jobs: list[_Job], how: Refinement, device: torch.device) -> Iter
         writing: deque[Future[None]] = deque()
         for job, loading in _ahead(pool, _load, jobs, None, 16):
             try:
-                image, stored = loading.result()
-                mask = refine_maps(image, stored, how, device)
+                image, stored, guide = loading.result()
+                mask = refine_maps(image, stored, how, device, guide)
             except InputError as error:
                 yield _named(job, error)
                 continue
@@ -264,17 +332,22 @@ def _start_worker() -> None:
 def _whole(job: _Job, how: Refinement) -> str | None:
     """Reads, refines and writes one image; returns what was wrong with it."""
     try:
-        image, stored = _load(job)
-        write_mask(job.mask, refine_maps(image, stored, how, "cpu"), _CLASS_IDS)
+        image, stored, guide = _load(job)
+        write_mask(job.mask, refine_maps(image, stored, how, "cpu", guide), _CLASS_IDS)
     except InputError as error:
         return _named(job, error)
     return None
 
 
-def _load(job: _Job, _: None = None) -> tuple[np.ndarray, StoredMaps]:
-    return np.asarray(read_image(job.image)), read_maps(job.maps)
+def _load(job: _Job, _: None = None) -> tuple[np.ndarray, StoredMaps, Guide | None]:
+    guide = None
+    if job.guide is not None and job.guide_kind is not None:
+        guide = read_guide(job.guide, job.guide_kind)
+    stored = read_maps(job.maps, coarse=job.guide_kind == "edges")
+    return np.asarray(read_image(job.image)), stored, guide
 
 
 def _named(job: _Job, error: InputError) -> str:
     text = str(error)
-    return text if str(job.maps) in text or str(job.image) in text else f"{job.maps}: {text}"
+    known = any(path and str(path) in text for path in (job.maps, job.image, job.guide))
+    return text if known else f"{job.maps}: {text}"

@@ -12,7 +12,8 @@ import io
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -43,13 +44,14 @@ class StoredMaps:
     labels: NDArray[np.uint8] | None = None
 
 
-def read_maps(path: str | Path) -> StoredMaps:
+def read_maps(path: str | Path, *, coarse: bool = False) -> StoredMaps:
     """The maps or labels of one image.
 
     Args:
         path: ``.png`` (palette or 8-bit grey labels); ``.npy`` or ``.npz`` with a ``[n, h, w]``
             array, a ``[h, w]`` array of integer labels, maps under class numbers, or ``keys`` with
             ``high_res`` (taken where there is one) or ``cam``.
+        coarse: take ``cam`` where a dictionary has both: IRN's walk starts from those.
 
     Raises:
         InputError: no such file, damaged, a pickle that wants more than arrays in a dictionary, or
@@ -65,23 +67,40 @@ def read_maps(path: str | Path) -> StoredMaps:
     path = Path(path)
     if path.suffix.lower() == ".png":
         return StoredMaps(labels=read_mask(path))
-    try:
-        if path.suffix.lower() == ".npz":
-            with zipfile.ZipFile(path) as archive:
-                content: Any = {}
-                for name in archive.namelist():
-                    with archive.open(name) as file:
-                        content[name.removesuffix(".npy")] = _read_npy(file)
-            if list(content) == ["arr_0"]:
-                content = content["arr_0"]
-        else:
+    with _naming(path):
+        return _interpret(
+            read_content(path), ("cam", "high_res") if coarse else ("high_res", "cam")
+        )
+
+
+def read_content(path: Path) -> Any:
+    """What a ``.npy`` or ``.npz`` file holds: an array, or a dictionary of arrays.
+
+    Raises:
+        InputError: no such file, damaged, or a pickle that wants more than arrays in a dictionary.
+    """
+    with _naming(path):
+        if path.suffix.lower() != ".npz":
             with open(path, "rb") as file:
-                content = _read_npy(file)
-        return _interpret(content)
+                return _read_npy(file)
+        content: dict[str, Any] = {}
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                with archive.open(name) as file:
+                    content[name.removesuffix(".npy")] = _read_npy(file)
+        return content["arr_0"] if list(content) == ["arr_0"] else content
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with a file becomes an InputError that names it, once."""
+    try:
+        yield
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        text = str(error)
+        raise InputError(text if text.startswith(f"{path}: ") else f"{path}: {text}") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"{path}: cannot be read as maps ({reason})") from None
@@ -94,7 +113,7 @@ def read_maps(path: str | Path) -> StoredMaps:
 # -- what the content means ----------------------------------------------------------------------
 
 
-def _interpret(content: Any) -> StoredMaps:
+def _interpret(content: Any, order: tuple[str, str]) -> StoredMaps:
     if isinstance(content, np.ndarray):
         if content.ndim == 2 and content.dtype.kind in "iu":
             if content.size and not 0 <= content.min() <= content.max() <= 255:
@@ -106,7 +125,7 @@ def _interpret(content: Any) -> StoredMaps:
     if not isinstance(content, Mapping):
         raise InputError(f"expected an array or a dictionary, got {type(content).__name__}")
     if "keys" in content:
-        maps = next((content[name] for name in ("high_res", "cam") if name in content), None)
+        maps = next((content[name] for name in order if name in content), None)
         if maps is None:
             raise InputError("a dictionary with 'keys' must have 'high_res' or 'cam'")
         numbers, array = np.asarray(content["keys"]).reshape(-1).tolist(), np.asarray(maps)

@@ -226,10 +226,14 @@ def _evaluate(arguments: list[str]) -> int:
         from wsis.cli_wsol import evaluate_wsol
 
         return evaluate_wsol(arguments[1:])
+    if arguments[:1] == ["cam"]:
+        from wsis.cli_cams import evaluate_cams
+
+        return evaluate_cams(arguments[1:])
     parser = _parser(
         "evaluate",
         "Score a trained run on its val split and rewrite its report, or score mask PNGs. "
-        "`wsis evaluate wsol` scores localization.",
+        "`wsis evaluate wsol` scores localization, `wsis evaluate cam` stored CAMs.",
     )
     parser.add_argument("run", nargs="?", type=str | None, help="folder of a trained run")
     parser.add_argument("--weights", type=str, default="last", help="last | best | a weights file")

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from wsis.models.rtc import RTC
     from wsis.pseudo import PseudoRule
 
+LABEL_HINT = "CAMs and pseudo masks are made with the image's label given, predictions without it."
+
 SIDE = 320
 """Long side of a picture in the report, pixels."""
 
@@ -150,6 +152,8 @@ def write_report(
     mask_ids: Sequence[int] | None = None,
     curve: Mapping[str, Any] | None = None,
     quality: Mapping[str, Any] | None = None,
+    sweep: Mapping[str, Any] | None = None,
+    hint: str = LABEL_HINT,
 ) -> None:
     """Write the page, whole or not at all. Nothing in it is loaded from elsewhere.
 
@@ -169,6 +173,8 @@ def write_report(
         mask_ids: file id of each class, which gives its colour; 1..K by default.
         curve: ``curve`` of `evaluate_segmentation`, or None.
         quality: result of `evaluate_cams`, or None.
+        sweep: result of `wsis.evaluate.cam_sweep.sweep_cams`, or None.
+        hint: what to know of the pictures.
 
     Raises:
         InputError: the disk refuses.
@@ -195,6 +201,8 @@ def write_report(
         plots=_history_svgs(history),
         curve=None if curve is None else {**curve, "svg": _curve_svg(curve)},
         quality=quality,
+        sweep=None if sweep is None else {**sweep, "svg": _sweep_svg(sweep)},
+        hint=hint,
         config_text=config_text,
         versions=list(versions.items()),
         sections=[
@@ -295,6 +303,32 @@ def _curve_svg(curve: Mapping[str, Any]) -> str:
     plot = figure.add_subplot()
     plot.plot(*zip(*points, strict=True), color=_ACCENT, linewidth=2)
     _style(plot, "constant background score", "mean IoU %")
+    return _svg(figure)
+
+
+def _sweep_svg(sweep: Mapping[str, Any]) -> str:
+    """Mean IoU over the candidates, a line per power of the walk; points where there is one."""
+    figure = Figure(figsize=(1.6 * _PLOT[0], _PLOT[1]), layout="constrained")
+    plot = figure.add_subplot()
+    candidates, best = sweep["candidates"], sweep["best"]
+    for row in sweep["rows"]:
+        points = [(x, y) for x, y in zip(candidates, row["miou"], strict=True) if y is not None]
+        plain, chosen = row["beta"] is None, row["beta"] == best["beta"]
+        plot.plot(
+            *(zip(*points, strict=True) if points else ([], [])),
+            label="no walk" if plain else f"beta {row['beta']:g}",
+            linewidth=2.2 if chosen else 1.1,
+            color=_ACCENT if chosen else ("#9aa0a6" if plain else None),
+            linestyle="--" if plain and not chosen else "-",
+            marker="o" if len(points) < 12 else None,
+            markersize=3,
+        )
+    if best["miou"] is not None:
+        plot.plot([best["value"]], [best["miou"]], "o", color=_ACCENT, markersize=6)
+    alpha = sweep["candidate"] == "alpha"
+    label = "alpha of the background (1 - max)^alpha" if alpha else "constant background score"
+    _style(plot, label, "mean IoU %")
+    plot.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return _svg(figure)
 
 

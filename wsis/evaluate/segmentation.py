@@ -160,12 +160,18 @@ class Curve:
         self.thresholds = np.asarray(thresholds, np.float32)
         self.confusion = np.zeros((len(self.thresholds), num_classes, num_classes), np.int64)
 
-    def add(self, maps: np.ndarray, truth: np.ndarray) -> None:
-        """Count one image: ``[K, H, W] float32`` foreground scores, ``[H, W]`` ground truth."""
+    def add(
+        self, maps: np.ndarray, truth: np.ndarray, class_ids: Sequence[int] | None = None
+    ) -> None:
+        """Count one image: ``[K, H, W] float32`` foreground scores, ``[H, W]`` ground truth.
+
+        `class_ids` are those of the maps, where they are not 1 to K.
+        """
         self.confusion += threshold_curve(
             np.ascontiguousarray(maps, np.float32),
             truth,
             self.thresholds,
+            class_ids=class_ids,
             num_classes=self.confusion.shape[1],
             ignore_index=IGNORE,
         )

@@ -1,0 +1,83 @@
+"""The command ``wsis evaluate cam``."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from wsis.cli import _parser as make_parser
+from wsis.data.dataset import open_dataset
+from wsis.evaluate.cam_report import PICTURES, evaluate_cams_folder
+from wsis.evaluate.cam_sweep import make_sweep
+from wsis.offline.refine_folder import find_guides
+
+
+def evaluate_cams(arguments: list[str]) -> int:
+    """Parse, score a folder of CAMs, and print; returns the exit code."""
+    parser = make_parser(
+        "evaluate cam",
+        "Score stored CAMs (.npy, .npz) as they are, or after a random walk over boundary maps or "
+        "AffinityNet features. --sweep tries every power of the walk and every background score: "
+        "one walk per power, all backgrounds in one pass.",
+    )
+    parser.add_argument("maps", type=str, help="folder with a file of CAMs for every image")
+    parser.add_argument("--sweep", action="store_true", help="try all candidates, not one")
+    parser.add_argument("--dataset", type=str, default="voc", help="scenes | voc | folder | coco")
+    parser.add_argument("--root", type=str | None, default=None, help="data set's folder")
+    parser.add_argument("--split", type=str, default="train", help="list of images")
+    parser.add_argument(
+        "--edges", type=str | None, default=None, help="folder of boundary maps (jiwoon-ahn/irn)"
+    )
+    parser.add_argument(
+        "--features", type=str | None, default=None, help="folder of AffinityNet features instead"
+    )
+    parser.add_argument(
+        "--betas", type=list[float] | None, default=None, help="powers of the walk, as [8,10]"
+    )
+    parser.add_argument(
+        "--backgrounds", type=list[float] | None, default=None, help="constant scores, as [0.2,0.3]"
+    )
+    parser.add_argument(
+        "--alphas",
+        type=list[float] | None,
+        default=None,
+        help="of (1 - max)^alpha, with --features",
+    )
+    parser.add_argument("--radius", type=int, default=5, help="of the walk")
+    parser.add_argument("--log_steps", type=int, default=8, help="the walk has 2^log_steps steps")
+    parser.add_argument("--limit", type=int | None, default=None, help="only so many images")
+    parser.add_argument("--convention", type=str, default="voc", help="of the mean IoU")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="images in the report")
+    parser.add_argument("--device", type=str, default="auto", help="auto | cpu | cuda | ...")
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="folder of the report [MAPS-sweep-N]"
+    )
+    options = parser.parse_args(arguments)
+    guides = None
+    if options.edges is not None or options.features is not None:
+        guides = find_guides("walk", options.edges, options.features)
+    how = make_sweep(
+        guides,
+        sweep=options.sweep,
+        betas=options.betas,
+        backgrounds=options.backgrounds,
+        alphas=options.alphas,
+        radius=options.radius,
+        log_steps=options.log_steps,
+    )
+    maps = Path(options.maps)
+    free = (p for k in itertools.count(1) if not (p := Path(f"{maps}-sweep-{k}")).exists())
+    out = Path(options.out) if options.out is not None else next(free)
+    print(
+        evaluate_cams_folder(
+            maps,
+            open_dataset(options.dataset, options.root, options.split),
+            how,
+            out,
+            convention=options.convention,
+            limit=options.limit,
+            device=options.device,
+            pictures=options.pictures,
+        )
+    )
+    return 0

@@ -27,6 +27,7 @@ usage: wsis COMMAND [OPTIONS]
   train      learn masks from image-level labels; then evaluate and write the report
   evaluate   score a trained run, a folder of mask PNGs, or stored CAMs (evaluate cam)
   predict    masks of one image or a folder of images
+  submit     masks of VOC's test images, packed for its evaluation server
   refine     stored CAMs, probabilities or labels of a folder of images to masks
   data       check a data set, or look at a sample of it
   convert    the official RTC checkpoint to a wsis weights file
@@ -357,6 +358,12 @@ def _refine(arguments: list[str]) -> int:
     return refine(arguments)
 
 
+def _submit(arguments: list[str]) -> int:
+    from wsis.cli_submit import submit
+
+    return submit(arguments)
+
+
 def _data(arguments: list[str]) -> int:
     actions = ("check", "show")
     if not arguments or arguments[0] not in actions:
@@ -420,6 +427,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "predict": _predict,
     "refine": _refine,
+    "submit": _submit,
     "data": _data,
     "convert": _convert,
     "doctor": _doctor,

@@ -66,7 +66,7 @@ def write_mask(path: str | Path, mask: np.ndarray, mask_ids: Sequence[int]) -> N
     picture.putpalette(voc_palette().tobytes())
     encoded = io.BytesIO()
     picture.save(encoded, format="PNG")
-    _write_atomic(Path(path), encoded.getvalue())
+    write_bytes_atomic(Path(path), encoded.getvalue())
 
 
 def write_picture(path: str | Path, picture: Image.Image) -> None:
@@ -77,7 +77,7 @@ def write_picture(path: str | Path, picture: Image.Image) -> None:
     """
     path, encoded = Path(path), io.BytesIO()
     picture.save(encoded, format="PNG" if path.suffix == ".png" else "JPEG", quality=90)
-    _write_atomic(path, encoded.getvalue())
+    write_bytes_atomic(path, encoded.getvalue())
 
 
 def read_mask(path: str | Path, mask_ids: Sequence[int]) -> np.ndarray:
@@ -102,8 +102,12 @@ def read_mask(path: str | Path, mask_ids: Sequence[int]) -> np.ndarray:
     return table[read_values(Path(path))]
 
 
-def _write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: temporary name in the same folder, then rename."""
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: temporary name in the same folder, then rename.
+
+    Raises:
+        InputError: the disk refuses.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         try:

@@ -1,0 +1,80 @@
+"""The command ``wsis submit``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from wsis.cli import _parser as make_parser
+from wsis.cli import load_config
+from wsis.errors import InputError
+
+
+def submit(arguments: list[str]) -> int:
+    """Parse, predict or read masks, pack them; returns the exit code."""
+    parser = make_parser(
+        "submit",
+        "Masks of PASCAL VOC's test images as its evaluation server wants them: results.tgz, and a "
+        "manifest of hashes. Of a trained run, or of any project's mask PNGs.",
+    )
+    parser.add_argument("run", nargs="?", type=str | None, help="folder of a trained run")
+    parser.add_argument("--masks", type=str | None, default=None, help="folder of mask PNGs")
+    parser.add_argument("--root", type=str | None, default=None, help="VOC's folder")
+    parser.add_argument("--split", type=str, default="test", help="list of images")
+    parser.add_argument(
+        "--competition",
+        type=Literal[5, 6],
+        default=6,
+        help="5: trained on VOC trainval alone; 6: anything else (ImageNet weights are)",
+    )
+    parser.add_argument("--weights", type=str, default="last", help="last | best | a weights file")
+    parser.add_argument(
+        "--crf", type=str | None, default=None, help="preset of a dense CRF on the scores, or none"
+    )
+    parser.add_argument("--device", type=str | None, default=None, help="auto | cpu | cuda | ...")
+    parser.add_argument("--out", type=str, default="submission", help="where all of it goes")
+    options = parser.parse_args(arguments)
+    if (options.run is None) == (options.masks is None):
+        raise InputError("give either a run folder or --masks FOLDER; see wsis submit --help")
+    from wsis.offline.submission import TEST_IMAGES, write_submission
+
+    about: dict[str, Any]
+    if options.masks is not None:
+        from wsis.data.dataset import open_dataset
+        from wsis.offline.masks import read_mask
+
+        dataset = open_dataset("voc", options.root, options.split)
+        folder = Path(options.masks)
+
+        def mask_of(index: int) -> Any:
+            return read_mask(folder / f"{dataset.ids[index]}.png", dataset.mask_ids)
+
+        about = {"masks": str(folder)}
+    else:
+        from dataclasses import asdict
+
+        from wsis.engine.build import open_split
+        from wsis.evaluate.protocols import Protocol
+        from wsis.evaluate.run import load_model
+        from wsis.offline.predict import predict
+
+        config = load_config(Path(options.run) / "config.yaml")
+        config.data.root = options.root or config.data.root
+        config.device = options.device or config.device
+        config.predict.crf = options.crf or config.predict.crf
+        dataset = open_split(config.data, options.split)
+        model = load_model(config, Path(options.run), len(dataset.classes), options.weights)
+        protocol = Protocol(**asdict(config.predict), checkpoint=options.weights)
+        protocol = protocol.on(dataset, range(len(dataset)))
+
+        def mask_of(index: int) -> Any:
+            return predict(model, dataset.image(index), **protocol.prediction()).mask.numpy()
+
+        about = {"run": options.run, "protocol": protocol.describe()}
+    archive = write_submission(
+        dataset, mask_of, options.out, competition=options.competition, about=about
+    )
+    print(f"{len(dataset)} masks in {archive}, hashes in {archive.with_name('manifest.json')}")
+    if options.split == "test" and len(dataset) != TEST_IMAGES:
+        print(f"note: VOC 2012's test list has {TEST_IMAGES} images; the server wants all of them")
+    return 0

@@ -14,7 +14,7 @@ from tests.offline.fakes import painted
 from wsis.cli import main
 from wsis.errors import InputError
 from wsis.evaluate import cam_sweep as module
-from wsis.evaluate.cam_report import evaluate_cams_folder, format_sweep
+from wsis.evaluate.cam_report import at_ends, evaluate_cams_folder, format_sweep
 from wsis.evaluate.cam_sweep import ALPHAS, BETAS, StoredCams, make_sweep, sweep_cams
 from wsis.evaluate.conventions import scores
 from wsis.evaluate.segmentation import THRESHOLDS, WITH_TRUTH
@@ -251,6 +251,27 @@ def test_table():
     assert [len(line) for line in table] == [len(table[0])] * 3 or table[1].endswith("40.00")
     assert table[1].split() == ["no", "walk", "0.2", "40.00"]
     assert table[2].split() == ["10", "0.25", "-"]
+
+
+@pytest.mark.parametrize(
+    ("betas", "best", "expected"),
+    [
+        ([2.0, 4.0, 8.0], (4.0, 0.3), []),
+        ([2.0, 4.0, 8.0], (8.0, 0.3), ["beta 8"]),
+        ([2.0, 4.0, 8.0], (2.0, 0.1), ["beta 2", "background 0.1"]),
+        ([2.0], (2.0, 0.5), ["background 0.5"]),
+        ([], (None, 0.3), []),
+    ],
+)
+def test_the_best_may_lie_beyond(betas, best, expected):
+    rows = [{"beta": beta} for beta in (None, *betas)]
+    result = {
+        "candidate": "background",
+        "candidates": [0.1, 0.3, 0.5],
+        "rows": rows,
+        "best": {"beta": best[0], "value": best[1]},
+    }
+    assert at_ends(result) == expected
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):

@@ -25,8 +25,8 @@ def get_mask_by_radius(h: int = 20, w: int = 20, radius: int = 8) -> np.ndarray[
     """``[N, N]`` of 0 and 1: tokens at most ``radius`` rows and columns apart (dist_train_voc.py).
 
     Example:
-        >>> get_mask_by_radius(2, 2, 0).sum()
-        4.0
+        >>> get_mask_by_radius(1, 3, 1).tolist()
+        [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 1.0]]
     """
     return window_mask(int(h), int(w), int(radius)).numpy().astype(np.float64)
 
@@ -80,8 +80,8 @@ def propagte_aff_cam_with_bkg(
         torch.Size([1, 21, 4, 5])
     """
     if not isinstance(cams, Tensor):
-        arrays = map(_tensor, (cams, aff, mask, cls_labels))
-        return propagte_aff_cam_with_bkg(*arrays, bkg_score).numpy()
+        cams, aff, mask, cls_labels = map(_tensor, (cams, aff, mask, cls_labels))
+        return propagte_aff_cam_with_bkg(cams, aff, mask, cls_labels, bkg_score).numpy()
     if cls_labels is None or bkg_score is None:
         raise InputError("cls_labels and bkg_score must be given")
     if cls_labels.shape != cams.shape[:2]:

@@ -213,8 +213,8 @@ def propagate_to_edge(
         torch.Size([3, 1, 12, 16])
     """
     if not isinstance(x, Tensor):
-        arrays = (torch.from_numpy(np.ascontiguousarray(a)) for a in (x, edge))
-        return propagate_to_edge(*arrays, radius, beta, exp_times).numpy()
+        x, edge = (torch.from_numpy(np.ascontiguousarray(a)) for a in (x, edge))
+        return propagate_to_edge(x, edge, radius, beta, exp_times).numpy()
     height, width = x.shape[-2:]
     if edge.numel() != height * width:
         raise InputError(
@@ -257,8 +257,8 @@ def random_walk(x: Any, aff: Any, ind: Any, beta: float, times: int) -> Any:
         torch.Size([3, 12, 16])
     """
     if not isinstance(x, Tensor):
-        arrays = (torch.from_numpy(np.ascontiguousarray(a)) for a in (x, aff))
-        return random_walk(*arrays, ind, beta, times).numpy()
+        x, aff = (torch.from_numpy(np.ascontiguousarray(a)) for a in (x, aff))
+        return random_walk(x, aff, ind, beta, times).numpy()
     if x.dim() != 3:
         raise InputError(f"x must be [K, h, w], got {list(x.shape)}")
     size = (x.shape[1], x.shape[2])

@@ -124,15 +124,32 @@ def _summary(result: dict[str, Any]) -> dict[str, str]:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f}"
 
+    name = result["candidate"]
     walk = "" if best["beta"] is None else f"beta {best['beta']:g}, "
     summary = {
         "mean IoU": number(best["miou"]),
-        "best candidate": f"{walk}{result['candidate']} {best['value']:g} ({best['chosen']})",
+        "best candidate": f"{walk}{name} {best['value']:g} ({best['chosen']})",
     }
     if best["beta"] is not None:
-        at = f"{result['candidate']} {plain['best']:g}"
-        summary["CAMs without the walk"] = f"{number(plain['best_miou'])} ({at})"
+        better = best["miou"] is not None and plain["best_miou"] > best["miou"]
+        summary["CAMs without the walk"] = (
+            f"{number(plain['best_miou'])} ({name} {plain['best']:g})"
+            f"{': better than any walk' if better else ''}"
+        )
+    if ends := at_ends(result):
+        summary["at an end of what was tried"] = f"{', '.join(ends)}: try further"
     return summary
+
+
+def at_ends(result: dict[str, Any]) -> list[str]:
+    """What of the best candidate is the first or last of several: the best may lie beyond."""
+    betas = [row["beta"] for row in result["rows"] if row["beta"] is not None]
+    tried = {"beta": (betas, "beta"), result["candidate"]: (result["candidates"], "value")}
+    return [
+        f"{name} {result['best'][key]:g}"
+        for name, (values, key) in tried.items()
+        if len(values) > 1 and result["best"][key] in (values[0], values[-1])
+    ]
 
 
 def _panels(cams: StoredCams, result: dict[str, Any], indices: list[int]) -> list[Panel]:

@@ -121,7 +121,7 @@ class _AffinityLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         affinity, labels, counts = ctx.saved_tensors
         share = (upstream / (counts + ctx.eps)).to(affinity.dtype)
         grad = torch.empty_like(affinity)
@@ -276,7 +276,7 @@ class _Displacement(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, foreground: Tensor, background: Tensor
     ) -> tuple[Tensor, None, None, None]:
         divisors, grad_f, grad_b = ctx.saved_tensors

@@ -261,7 +261,7 @@ def _best(image: np.ndarray, scores: Tensor, how: Refinement) -> Tensor:
         scores = refine(
             pixels.contiguous().to(scores.device),
             scores[None],
-            how.method,  # type: ignore[arg-type]
+            how.method,
             iterations=how.iterations,
             dilations=how.dilations,
         )[0]

@@ -208,7 +208,7 @@ def correlate(maps: Tensor, guide: Guide | None, image: np.ndarray) -> Tensor:
     if guide is None:
         pixels = torch.from_numpy(image.astype(np.float32) / 255).permute(2, 0, 1)
         mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
-        grid = [-(-side // STRIDES["features"]) for side in size]
+        grid = (-(-size[0] // STRIDES["features"]), -(-size[1] // STRIDES["features"]))
         features = F.adaptive_avg_pool2d((pixels - mean) / std, grid)[None]
     else:
         features = torch.from_numpy(guide.values)[None]

@@ -6,6 +6,9 @@
 #include "cpu/random_walk.h"
 
 #include "bindings/stencil.h"
+#if defined(WSIS_WITH_CUDA)
+#include "cuda/random_walk.h"
+#endif
 
 namespace wsis {
 namespace {
@@ -73,11 +76,40 @@ void random_walk_cpu(const Array& maps,      // [B, C, H, W]
   });
 }
 
+#if defined(WSIS_WITH_CUDA)
+void random_walk_cuda(const Array& maps,      // [B, C, H, W]
+                      const Array& affinity,  // [B, K, H, W]
+                      const Array& result,    // [B, C, H, W], out
+                      const Array& powers,    // [B, K, H, W], scratch
+                      const Array& inverse,   // [B, H, W], scratch
+                      const Array& buffers,   // [2, B, C, H, W], scratch
+                      const Offsets& offsets, bool symmetric, bool transposed, int64_t exponent,
+                      int64_t steps, const Coefficients& coefficients, uintptr_t stream) {
+  const cpu::Walk walk = check(maps, affinity, result, offsets, symmetric, transposed, exponent,
+                               steps, coefficients, 1, kGpu);
+  const auto& s = maps.shape;
+  check_grid(s[0], s[2], s[3], s[1]);
+  expect_output(powers, "powers", kGpu, maps.dtype, affinity.shape);
+  expect_output(inverse, "inverse", kGpu, maps.dtype, {s[0], s[2], s[3]});
+  expect_output(buffers, "buffers", kGpu, maps.dtype, {2, s[0], s[1], s[2], s[3]});
+  if (maps.size() == 0) return;
+  visit_float(maps, [&](auto type) {
+    using T = decltype(type);
+    cuda::random_walk(maps.data<const T>(), affinity.data<const T>(), walk,
+                      {maps.device_id, stream}, powers.data<T>(), inverse.data<T>(),
+                      buffers.data<T>(), result.data<T>());
+  });
+}
+#endif
+
 }  // namespace
 
 void bind_random_walk(py::module_& m) {
   m.def("random_walk_scratch", &random_walk_scratch);
   m.def("random_walk_cpu", &random_walk_cpu, NoGil());
+#if defined(WSIS_WITH_CUDA)
+  m.def("random_walk_cuda", &random_walk_cuda, NoGil());
+#endif
 }
 
 }  // namespace wsis

@@ -29,4 +29,10 @@ inline int32_t check_parts(int64_t parts) {
   return static_cast<int32_t>(parts);
 }
 
+// Blocks of 128 pixels along x, maps, channels or offsets along y.
+inline void check_grid(int64_t batch, int64_t height, int64_t width, int64_t rows) {
+  require(batch * ((height * width + 127) / 128) <= INT32_MAX && rows <= 65535,
+          "there are too many images or channels for one launch");
+}
+
 }  // namespace wsis

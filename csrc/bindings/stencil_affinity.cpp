@@ -5,6 +5,9 @@
 #include "cpu/stencil_affinity.h"
 
 #include "bindings/stencil.h"
+#if defined(WSIS_WITH_CUDA)
+#include "cuda/stencil_affinity.h"
+#endif
 
 namespace wsis {
 namespace {
@@ -106,6 +109,75 @@ void path_affinity_backward_cpu(const Array& gradient,       // [B, K, H, W]
   });
 }
 
+#if defined(WSIS_WITH_CUDA)
+void pair_affinity_cuda(const Array& features,  // [B, F, H, W]
+                        const Array& affinity,  // [B, K, H, W], out
+                        const Offsets& offsets, uintptr_t stream) {
+  const auto call = check(features, "features", true, affinity, "affinity", offsets, 1, kGpu);
+  expect_output(affinity, "affinity", kGpu, features.dtype, affinity.shape);
+  check_grid(call.batch, call.height, call.width, call.planes);
+  if (affinity.size() == 0) return;
+  visit_float(features, [&](auto type) {
+    using T = decltype(type);
+    cuda::pair_affinity(features.data<const T>(), call, features.device_id, stream,
+                        affinity.data<T>());
+  });
+}
+
+void pair_affinity_backward_cuda(const Array& gradient,           // [B, K, H, W]
+                                 const Array& features,           // [B, F, H, W]
+                                 const Array& affinity,           // [B, K, H, W]
+                                 const Array& features_gradient,  // [B, F, H, W], out
+                                 const Offsets& offsets, uintptr_t stream) {
+  const auto call = check(features, "features", true, affinity, "affinity", offsets, 1, kGpu);
+  expect(gradient, "gradient", kGpu, {features.dtype}, affinity.shape);
+  expect_output(features_gradient, "features_gradient", kGpu, features.dtype, features.shape);
+  check_grid(call.batch, call.height, call.width, call.channels);
+  if (features.size() == 0) return;
+  visit_float(features, [&](auto type) {
+    using T = decltype(type);
+    cuda::pair_affinity_backward(gradient.data<const T>(), features.data<const T>(),
+                                 affinity.data<const T>(), call, features.device_id, stream,
+                                 features_gradient.data<T>());
+  });
+}
+
+void path_affinity_cuda(const Array& edge,      // [B, H, W]
+                        const Array& chosen,    // [B, K, H, W] uint8, out
+                        const Array& affinity,  // [B, K, H, W], out
+                        const Offsets& offsets, uintptr_t stream) {
+  check_paths(offsets);
+  const auto call = check(edge, "edge", false, affinity, "affinity", offsets, 1, kGpu);
+  expect_output(chosen, "chosen", kGpu, DType::kUint8, affinity.shape);
+  expect_output(affinity, "affinity", kGpu, edge.dtype, affinity.shape);
+  check_grid(call.batch, call.height, call.width, call.planes);
+  if (affinity.size() == 0) return;
+  visit_float(edge, [&](auto type) {
+    using T = decltype(type);
+    cuda::path_affinity(edge.data<const T>(), call, edge.device_id, stream,
+                        chosen.data<uint8_t>(), affinity.data<T>());
+  });
+}
+
+void path_affinity_backward_cuda(const Array& gradient,       // [B, K, H, W]
+                                 const Array& chosen,         // [B, K, H, W] uint8
+                                 const Array& edge_gradient,  // [B, H, W], out
+                                 const Offsets& offsets, uintptr_t stream) {
+  check_paths(offsets);
+  const auto call =
+      check(edge_gradient, "edge_gradient", false, gradient, "gradient", offsets, 1, kGpu);
+  expect(chosen, "chosen", kGpu, {DType::kUint8}, gradient.shape);
+  expect_output(edge_gradient, "edge_gradient", kGpu, gradient.dtype, edge_gradient.shape);
+  check_grid(call.batch, call.height, call.width, 1);
+  if (edge_gradient.size() == 0) return;
+  visit_float(gradient, [&](auto type) {
+    using T = decltype(type);
+    cuda::path_affinity_backward(gradient.data<const T>(), chosen.data<const uint8_t>(), call,
+                                 gradient.device_id, stream, edge_gradient.data<T>());
+  });
+}
+#endif
+
 }  // namespace
 
 void bind_stencil_affinity(py::module_& m) {
@@ -113,6 +185,12 @@ void bind_stencil_affinity(py::module_& m) {
   m.def("pair_affinity_backward_cpu", &pair_affinity_backward_cpu, NoGil());
   m.def("path_affinity_cpu", &path_affinity_cpu, NoGil());
   m.def("path_affinity_backward_cpu", &path_affinity_backward_cpu, NoGil());
+#if defined(WSIS_WITH_CUDA)
+  m.def("pair_affinity_cuda", &pair_affinity_cuda, NoGil());
+  m.def("pair_affinity_backward_cuda", &pair_affinity_backward_cuda, NoGil());
+  m.def("path_affinity_cuda", &path_affinity_cuda, NoGil());
+  m.def("path_affinity_backward_cuda", &path_affinity_backward_cuda, NoGil());
+#endif
 }
 
 }  // namespace wsis

@@ -6,6 +6,8 @@ cut at the same level are looked at once. Both must give the same overlaps.
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,7 @@ WAYS = {
 }
 
 
+@pytest.mark.benchmark(timer=time.process_time)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("metric", "contours"), [("MaxBoxAccV2", "all"), ("MaxBoxAcc", "largest")])
 def test_boxes(benchmark, metric, contours, way):

@@ -91,6 +91,21 @@ def ladder() -> str:
     return "\n".join([*lines, "", f"Mean ± half the range over seeds. {source(result)}."])
 
 
+def localization() -> str:
+    result = read("localization")
+    columns = ("MaxBoxAccV2", "MaxBoxAcc", "GT-known", "PxAP")
+    lines = [f"| run | seeds | map | {' | '.join(columns)} |", "|---|---|---|" + "---|" * 4]
+    for name, runs in result["groups"].items():
+        for kind, title in (("cam", "CAM"), ("refined", "refined CAM")):
+            scores = [run[kind] for run in runs.values() if run[kind] is not None]
+            if scores:
+                cells = [spread([one[column] for one in scores]) for column in columns]
+                lines.append(f"| {name} | {len(scores)} | {title} | {' | '.join(cells)} |")
+    line = next(iter(next(iter(result["groups"].values())).values()))["protocol"]["line"]
+    note = f"Mean ± half the range over seeds. {source(result)}."
+    return "\n".join([*lines, "", note, "", f"Protocol: {line}."])
+
+
 def spread(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
@@ -107,11 +122,13 @@ OPERATORS = (
     "normalize",
     "pixel_correlation",
     "pseudo_masks",
+    "score_boxes",
 )
 TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(operators, name) for name in OPERATORS},
     "headline": headline,
     "ladder": ladder,
+    "localization": localization,
 }
 
 

@@ -78,9 +78,7 @@ def read_metadata(folder: str | Path, mask_root: str | Path | None = None) -> Lo
     return Localization(str(folder), ids, sizes, np.array(boxes), np.array(owner, np.int64))
 
 
-def read_voc_boxes(
-    dataset: Dataset, sizes: Sequence[tuple[int, int]] | None = None
-) -> tuple[Localization, NDArray[np.int64]]:
+def read_voc_boxes(dataset: Dataset) -> tuple[Localization, NDArray[np.int64]]:
     """Boxes of the images of a VOC split whose boxes are all of one class.
 
     Args:
@@ -88,7 +86,6 @@ def read_voc_boxes(
             from 1), or in the flat layout from ``boxes.json``:
             ``{"boxes": {image id: [[x0, y0, x1, y1, class id], ..]}}``. The list is
             ``ImageSets/WSOL/<split>.txt`` where there is one, else the split's own.
-        sizes: width and height of the images of that list, if known; else they are read.
 
     Returns:
         The truth, and the position in ``dataset.classes`` of each image's class.
@@ -106,8 +103,8 @@ def read_voc_boxes(
                 raise InputError(f"{listed}: image '{name}' is not in split '{dataset.split}'")
     else:
         wanted = list(dataset.ids)
-    stored = base / "boxes.json"
-    read = _flat_boxes(stored, dataset) if stored.is_file() else _annotated(base / "Annotations")
+    stored = base / "boxes.json" if (base / "boxes.json").is_file() else base / "Annotations"
+    read = _flat_boxes(stored, dataset) if stored.is_file() else _annotated(stored)
     names, boxes, owner, classes = [], [], [], []
     for name in wanted:
         found = read(name)
@@ -124,10 +121,9 @@ def read_voc_boxes(
     if not names:
         raise InputError(f"{base}: no image of split '{dataset.split}' has boxes of one class only")
     place = {name: i for i, name in enumerate(dataset.ids)}
-    if sizes is None:
-        sizes = [dataset.image(place[name]).size for name in names]
+    sizes = [dataset.image(place[name]).size for name in names]
     truth = Localization(
-        f"boxes of {listed if listed.is_file() else base}",
+        str((listed if listed.is_file() else stored).relative_to(base)),
         tuple(names),
         np.array(sizes, np.int64),
         np.array(boxes, np.float64),

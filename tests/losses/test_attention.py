@@ -114,6 +114,15 @@ def test_counts_are_whole_and_without_gradient():
     assert not loss.positives.requires_grad
 
 
+def test_autocast_does_not_lower_the_precision():
+    attention, features, labels = (x.float() if x.is_floating_point() else x for x in draw())
+    for loss, x in ((afa_affinity_loss, attention), (token_contrast_loss, features)):
+        plain = loss(x, labels).loss
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert loss(x, labels).loss == plain
+            assert loss(x.bfloat16(), labels).loss.dtype == torch.float32
+
+
 def test_nothing_known_and_zero_tokens():
     attention, features, labels = draw()
     nothing = torch.full_like(labels, 255)

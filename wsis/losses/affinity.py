@@ -255,11 +255,10 @@ class _Displacement(torch.autograd.Function):
         kinds = (SAME_FOREGROUND, SAME_BACKGROUND)
         grads = [torch.zeros_like(field) if ctx.needs_input_grad[0] else None for _ in kinds]
         sums = field.new_zeros(2, dtype=torch.float64)
-        height, width = field.shape[-2:]
-        for k, (dy, dx) in enumerate(steps):
-            here, there = _windows(height, width, dy, dx)
+        targets = torch.tensor(steps, dtype=field.dtype, device=field.device)[..., None, None]
+        for k, ((dy, dx), target) in enumerate(zip(steps, targets, strict=True)):
+            here, there = _windows(*field.shape[-2:], dy, dx)
             difference = field[here] - field[there]
-            target = torch.tensor([dy, dx], dtype=field.dtype)[:, None, None].to(field.device)
             for group, (kind, grad) in enumerate(zip(kinds, grads, strict=True)):
                 chosen = (labels[:, k : k + 1] == kind)[here]
                 off = torch.where(chosen, difference - target if group == 0 else difference, 0)

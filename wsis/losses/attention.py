@@ -136,9 +136,10 @@ def token_contrast_loss(
             f"{list(labels.shape)}, got {features.dtype} {list(features.shape)}"
         )
     wide = features if features.dtype == torch.float64 else features.float()
-    # 1e-8 as there: a token of zeros stays 0.
-    unit = F.normalize(wide.flatten(2), dim=1, eps=1e-8)
-    return PairLoss(*_TokenContrast.apply(unit, labels, ignore_index))
+    with torch.autocast(features.device.type, enabled=False):
+        # 1e-8 as there: a token of zeros stays 0.
+        unit = F.normalize(wide.flatten(2), dim=1, eps=1e-8)
+        return PairLoss(*_TokenContrast.apply(unit, labels, ignore_index))
 
 
 class _TokenContrast(torch.autograd.Function):

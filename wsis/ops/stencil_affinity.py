@@ -8,7 +8,6 @@ and ``i + offset k``, and is 0 where the partner lies outside. Offsets ``(dy, dx
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,13 +21,20 @@ MOST_RADIUS = 18  # its half disc has about as many offsets as a kernel takes, 5
 # ---- offsets -----------------------------------------------------------------------------------
 
 
-@cache
-def half_disc(radius: int) -> tuple[tuple[int, int], ...]:
-    """The rows of :func:`disc_offsets`."""
+def _half_disc(radius: int) -> tuple[tuple[int, int], ...]:
     rows = [(0, x) for x in range(1, radius)]
     for y in range(1, radius):
         rows += [(y, x) for x in range(1 - radius, radius) if x * x + y * y < radius * radius]
     return tuple(rows)
+
+
+# All of them, made once; torch.compile sees constants.
+_HALF_DISCS = tuple(_half_disc(radius) for radius in range(MOST_RADIUS + 1))
+
+
+def half_disc(radius: int) -> tuple[tuple[int, int], ...]:
+    """The rows of :func:`disc_offsets`."""
+    return _HALF_DISCS[radius]
 
 
 def _path_length(dy: int, dx: int) -> int:

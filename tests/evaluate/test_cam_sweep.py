@@ -140,6 +140,17 @@ def test_classes_outside_the_label_are_left_out(folders):
     assert cams.read(1).ids == only_first
 
 
+def test_coarse_maps_walk_over_edges_only(folders):
+    folder, data = folders
+    for path in (folder / "cams").iterdir():
+        maps = read_maps(path).maps
+        high = np.zeros((2, 80, 80), np.float32)
+        np.save(path, {"keys": np.arange(2), "cam": maps, "high_res": high})
+    for kind, coarse in ((None, False), ("edges", True), ("features", False)):
+        case = StoredCams(folder / "cams", data, make_sweep(guides_of(folder, kind))).read(0)
+        assert bool(case.maps.any()) == coarse
+
+
 def test_limit_and_convention(folders):
     folder, data = folders
     cams = StoredCams(folder / "cams", data, make_sweep(), limit=2)

@@ -329,6 +329,20 @@ def test_a_folder(kind, folders):
     assert run(folders, **{kind: kind}) == (0, 3)
 
 
+def test_a_folder_of_irn_walks_from_the_coarse_maps(folders):
+    """``cam`` is at the grid of the walk, ``high_res`` for looking at: make_sem_seg_labels.py."""
+    run(folders, out="expected", edges="edges")
+    for path in (folders / "maps").iterdir():
+        maps = read_maps(path).maps
+        high = np.zeros((len(maps), 48, 60), np.float32)
+        np.save(path, {"keys": np.array(IDS), "cam": maps, "high_res": high})
+    run(folders, edges="edges")
+    for name, mask in masks_of(folders / "out").items():
+        np.testing.assert_array_equal(mask, masks_of(folders / "expected")[name])
+    run(folders, Refinement("pcm"), out="pcm", features="features")
+    assert not any(mask.any() for mask in masks_of(folders / "pcm").values())  # of high_res
+
+
 def test_other_guides_and_constants_do_not_mix(folders):
     run(folders, edges="edges")
     with pytest.raises(InputError, match=r"other settings \(.*guide\)"):

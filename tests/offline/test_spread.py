@@ -367,6 +367,18 @@ def test_workers_and_the_loop_of_a_gpu(folders):
             np.testing.assert_array_equal(mask, masks_of(folders / "here")[name])
 
 
+def test_auto_is_a_device_that_the_build_knows(monkeypatch):
+    from wsis.offline import refine_folder as module
+
+    asked = []
+    monkeypatch.setattr(module, "pick_device", lambda name: asked.append(name) or name)
+    for built in ({}, {"cuda_archs": "90"}):
+        monkeypatch.setattr(module._C, "build_info", lambda built=built: built)
+        for name in ("auto", "cuda", "cpu"):
+            module.operator_device(name)
+    assert asked == ["cpu", "cuda", "cpu", "auto", "cuda", "cpu"]
+
+
 @pytest.mark.parametrize(
     ("how", "options", "message"),
     [

@@ -10,7 +10,6 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from wsis.engine.device import pick_device
 from wsis.engine.logs import versions, write_json_atomic
 from wsis.evaluate.cam_sweep import Case, StoredCams, Sweep, sweep_cams
 from wsis.evaluate.conventions import Tally
@@ -23,6 +22,7 @@ from wsis.evaluate.report import (
     write_report,
 )
 from wsis.evaluate.segmentation import format_table
+from wsis.offline.refine_folder import operator_device
 from wsis.offline.spread import scaled
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def evaluate_cams_folder(
         InputError: as `wsis.evaluate.cam_sweep.sweep_cams`.
     """
     out = Path(out)
-    cams = StoredCams(maps, dataset, how, limit=limit, device=pick_device(device))
+    cams = StoredCams(maps, dataset, how, limit=limit, device=operator_device(device))
     result = sweep_cams(cams, convention=convention)
     out.mkdir(parents=True, exist_ok=True)
     write_json_atomic(out / "metrics.json", result)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from wsis import _C
 from wsis.data.dataset import read_image, read_json, read_list
 from wsis.engine.device import pick_device
 from wsis.engine.logs import write_error, write_json_atomic
@@ -80,7 +81,7 @@ def refine_folder(
     workers = _cores() if workers is None else workers
     if workers < 0:
         raise InputError(f"workers must be 0 or more, got {workers}")
-    target = pick_device(_own_gpu(device))
+    target = operator_device(device)
     guides = find_guides(how.method, edges, features)
     todo, done = _plan(Path(images), Path(maps), Path(out), how, names, overwrite, guides)
     rank, world = _shard()
@@ -254,6 +255,12 @@ def _own_gpu(device: str) -> str:
     if device in ("auto", "cuda") and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         return f"cuda:{os.environ['LOCAL_RANK']}"
     return device
+
+
+def operator_device(name: str) -> torch.device:
+    """As `pick_device`, but `auto` is the CPU where wsis was built for the CPU only."""
+    built = "cuda_archs" in _C.build_info()
+    return pick_device("cpu" if name == "auto" and not built else _own_gpu(name))
 
 
 def _cores() -> int:

@@ -125,6 +125,9 @@ def _train_parser(defaults: TrainConfig) -> Any:
         default="none",
         help="'auto' goes on with --out, or with the newest runs/RECIPE-N; 'none' starts anew",
     )
+    parser.add_argument(
+        "--gpus", type=int | None, default=None, help="processes to train in, one per GPU"
+    )
     parser.add_class_arguments(TrainConfig)
     parser.set_defaults(_flatten(defaults.as_dict()))
     return parser
@@ -159,6 +162,16 @@ def _option(arguments: list[str], name: str, default: str) -> str:
     return default
 
 
+def _without(arguments: list[str], name: str) -> list[str]:
+    """The arguments without an option and its value."""
+    kept, skip = [], False
+    for word in arguments:
+        if not skip and word != name and not word.startswith(f"{name}="):
+            kept.append(word)
+        skip = word == name
+    return kept
+
+
 def _recipe(arguments: list[str]) -> str:
     """The recipe named on the command line, else in the --config file, else `demo`."""
     file = Path(_option(arguments, "--config", ""))
@@ -183,6 +196,18 @@ def _train(arguments: list[str]) -> int:
     folder = _run_folder(namespace.out, namespace.recipe, resume=namespace.resume == "auto")
 
     from wsis.engine import distributed
+
+    if namespace.gpus is not None:
+        if namespace.gpus < 1:
+            raise InputError(f"--gpus must be at least 1, got {namespace.gpus}")
+        batch, rate = config.optim.batch_size, config.optim.lr
+        print(
+            f"{namespace.gpus} processes: global batch {batch}, {batch / namespace.gpus:g} images "
+            f"each; learning rate {rate:g}, which belongs to the global batch"
+        )
+        rest = _without(_without(arguments, "--gpus"), "--out")
+        # The folder was chosen here: the processes would each look for the next free one.
+        return distributed.launch(["train", *rest, "--out", str(folder)], namespace.gpus)
     from wsis.engine.trainer import NonFiniteError, Trainer
 
     with distributed.session(config.device):

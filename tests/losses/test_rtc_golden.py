@@ -146,7 +146,7 @@ def test_per_view_terms(step):
             actual[f"loss_intra_nce_{name}"] = prototype_nce(units[v], *anchors[v], labels[v])
             actual[f"loss_cross_nce1_{name}"] = prototype_nce(units[v], *anchors[v], labels[other])
             actual[f"loss_cross_nce2_{name}"] = prototype_nce(units[v], *anchors[other], labels[v])
-            completed = compensate(scores[v], tops[v], units[other], classes)
+            completed = compensate(scores[v], tops[v], units[other], units[other], classes)
             actual[f"loss_struct{name}"] = compensation(cams[v], completed, index, present, 20)
     step.check(actual)
 
@@ -171,7 +171,7 @@ def test_scores_labels_positions_prototypes(step, assert_golden):
             channels = torch.tensor(step.spec["params"]["new_cam_channels"])
             present = torch.cat([torch.ones(1), step.label.amax(dim=0)]).nonzero().flatten()
             unit = F.normalize(features[other], dim=1)
-            check("new_cam_rv_down", compensate(scores, top, unit, present)[:, channels])
+            check("new_cam_rv_down", compensate(scores, top, unit, unit, present)[:, channels])
 
 
 @pytest.mark.parametrize("step", [FILES[0], FILES[2]], indirect=True)  # those with masks

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -72,6 +74,26 @@ def session(device: str = "auto", *, timeout: float = 600.0) -> Iterator[torch.d
     # Together: gloo aborts a process whose peer has closed its sockets before it.
     dist.barrier()
     dist.destroy_process_group()
+
+
+def launch(arguments: list[str], processes: int) -> int:
+    """Run ``wsis ARGUMENTS`` in several processes of this machine; returns the exit code.
+
+    Args:
+        arguments: of the command line, as the processes shall read them.
+        processes: one for each GPU, or on the CPU as many as wanted.
+
+    Raises:
+        InputError: called by a process that was itself launched.
+    """
+    if "RANK" in os.environ:
+        raise InputError("--gpus starts processes itself; leave it out under torchrun")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={processes}", "-m", "wsis", *arguments]
+    # Threads are shared out: torchrun would set one, which is right for GPUs only.
+    share = max(1, (os.cpu_count() or 1) // processes)
+    environment = {"OMP_NUM_THREADS": str(share), **os.environ}
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def _joined() -> bool:

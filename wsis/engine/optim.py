@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wsis.errors import InputError
+from wsis.ops.norms import as_float
 
 ADAMW_BETAS = (0.9, 0.999)
 
@@ -150,7 +151,7 @@ def finite_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> T
         max_norm: largest norm, > 0; None only measures.
 
     Returns:
-        ``[] float32``, norm before scaling, 0 without gradients.
+        ``[]`` float32 (float64 where a gradient is), norm before scaling, 0 without gradients.
 
     Raises:
         InputError: max_norm not positive.
@@ -160,7 +161,7 @@ def finite_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> T
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros(())
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+    norms = [torch.linalg.vector_norm(as_float(g)) for g in gradients]
     norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
     if max_norm is not None:
         factor = torch.where(norm.isfinite() & (norm > max_norm), max_norm / norm, 1.0)

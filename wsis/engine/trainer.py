@@ -232,8 +232,11 @@ class Trainer:
     # -- steps ---------------------------------------------------------------------------------
 
     def _seed_step(self) -> None:
-        """Key torch's generators by (seed, step, rank): dropout needs no stored state."""
-        key = np.random.SeedSequence([self.config.seed, self.step, distributed.rank()])
+        """Key torch's generators by (seed, step): dropout needs no stored state.
+
+        All processes alike: each draws for the whole batch and takes its images' part.
+        """
+        key = np.random.SeedSequence([self.config.seed, self.step, 0])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
     def _parts(self, batch: Batch) -> Iterator[Batch]:

@@ -24,6 +24,7 @@ def compensate(
     scores: Tensor,
     top: TopPositions,
     features: Tensor,
+    pool: Tensor,
     classes: Tensor,
     temperature: float = 1.0,
 ) -> Tensor:
@@ -34,15 +35,16 @@ def compensate(
 
     Args:
         scores: ``[B, C, h, w]`` float of this view.
-        top: best positions of this view.
+        top: best positions of this view, in the batch of all processes.
         features: ``[n, D]`` float of the other view, unit length.
+        pool: the same of all processes, which the positions count through.
         classes: ``[M] int64``, the channels to complete; others stay as they are.
         temperature: of the attention.
 
     Returns:
         ``[B, C, h, w]`` float. No gradient.
     """
-    keys = features[top.index[classes]]  # [M, T, D]
+    keys = pool[top.index[classes]]  # [M, T, D]
     similarity = (features @ keys.flatten(0, 1).T).unflatten(1, keys.shape[:2])  # [n, M, T]
     added = ((similarity / temperature).softmax(dim=2) * top.value[classes]).sum(dim=2)
     batch, _, height, width = scores.shape

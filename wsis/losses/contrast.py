@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 import torch.nn.functional as F
 
+from wsis.global_batch import mean_over_processes, place
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -37,7 +39,7 @@ class TopPositions:
 def batch_positions(maps: Tensor) -> Tensor:
     """``[B, D, h, w]`` to ``[n, D]``: all positions of the batch in one list.
 
-    Prototypes are drawn from this list; over several processes it is the place to gather it.
+    Prototypes are drawn from this list.
     """
     return maps.permute(0, 2, 3, 1).flatten(0, 2)
 
@@ -134,4 +136,5 @@ def prototype_nce(
     usable = valid[labels]
     labels = torch.where(usable, labels, -1)
     total = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-    return total / usable.sum().clamp(min=1)
+    # Processes have different counts, and their gradients are averaged: divide by the mean count.
+    return total / mean_over_processes(usable.sum()).clamp(min=1 / place()[1])

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from wsis.errors import InputError
+from wsis.global_batch import gather
 from wsis.losses import compensator, contrast, equivariance
 from wsis.losses.classification import min_pooling, multilabel_soft_margin
 from wsis.losses.contrast import BackgroundPrototype
@@ -207,17 +208,18 @@ def _contrast_terms(
     """Contrastive terms and compensator, on the feature grid of view 2."""
     height, width = views[1].features.shape[-2:]
     count = max(height * width // weights.top_divisor, 1)
-    scores, labels, tops, features = [], [], [], []
+    scores, labels, tops, features, pools = [], [], [], [], []
     for view in views:
         features.append(contrast.batch_positions(resize(as_float(view.features), (height, width))))
+        pools.append(gather(features[-1]))
         with torch.no_grad():
             refined = resize(as_float(view.refined), (height, width))
             scores.append(ctr_scores(refined, weights.ctr_background, weights.clamp_scores))
             labels.append(contrast.pixel_labels(scores[-1], label))
             tops.append(
                 contrast.top_positions(
-                    scores[-1],
-                    label,
+                    gather(scores[-1]),
+                    gather(label),
                     count,
                     background=weights.background_prototype,
                     mask_by_label=weights.mask_topk_by_label,
@@ -228,9 +230,7 @@ def _contrast_terms(
     terms = {}
     if weights.ctr:
         with torch.no_grad():  # of each view's positions, the other view's features
-            anchors = [
-                contrast.prototypes(tops[v], features[other]) for v, other in ((0, 1), (1, 0))
-            ]
+            anchors = [contrast.prototypes(tops[v], pools[other]) for v, other in ((0, 1), (1, 0))]
         pairings = {  # per view: whose prototypes, whose pixel labels
             "ctr_intra": ((0, 0), (1, 1)),
             "ctr_label": ((0, 1), (1, 0)),
@@ -248,7 +248,12 @@ def _contrast_terms(
         per_view = []
         for v, other in ((0, 1), (1, 0)):
             completed = compensator.compensate(
-                scores[v], tops[v], units[other].detach(), classes, weights.attention_temperature
+                scores[v],
+                tops[v],
+                units[other].detach(),
+                F.normalize(pools[other], dim=1),
+                classes,
+                weights.attention_temperature,
             )
             per_view.append(
                 compensator.compensation(

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wsis.global_batch import ChannelDropout
+
 
 class CamHead(nn.Module):
     """``X = relu(P dropout(conv6))``, ``A = W X`` (RTC).
@@ -25,7 +27,7 @@ class CamHead(nn.Module):
         self, in_channels: int, num_classes: int, *, feature_dim: int, dropout: float
     ) -> None:
         super().__init__()
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout = ChannelDropout(dropout)
         self.projection = nn.Conv2d(in_channels, feature_dim, 1, bias=False)
         self.classifier = nn.Conv2d(feature_dim, num_classes + 1, 1, bias=False)
         for layer in (self.projection, self.classifier):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsis.errors import InputError
+from wsis.global_batch import ChannelDropout
 from wsis.models.convert import rename_mxnet_state
 from wsis.models.features import Backbone, Features
 from wsis.models.weights import load_state, read_state
@@ -79,7 +80,7 @@ class _Bottleneck(nn.Module):
         self.bn_branch2b2 = nn.BatchNorm2d(out_channels // 2)
         self.conv_branch2b2 = nn.Conv2d(out_channels // 2, out_channels, 1, bias=False)
         self.conv_branch1 = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout = ChannelDropout(dropout)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output, and the BN-ReLU input that the backbone reads as a feature."""

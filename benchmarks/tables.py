@@ -122,6 +122,7 @@ OPERATORS = (
     "normalize",
     "pixel_correlation",
     "pseudo_masks",
+    "random_walk",
     "score_boxes",
 )
 TABLES: dict[str, Callable[[], str]] = {

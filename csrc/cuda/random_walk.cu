@@ -90,15 +90,12 @@ __global__ void __launch_bounds__(kStencilThreads)
   for (int32_t k = 0; k < offsets.count; ++k) {
     const T* plane = weights + offsets.plane[k] * size;
     const int32_t dy = offsets.dy[k], dx = offsets.dx[k], away = dy * grid.width + dx;
-    if (from.own) {
-      const bool there = grid.contains(i.y + dy, i.x + dx);
-      add(plane[0], there ? away : 0);  // 0 where it is not
-    }
+    // Where there is no such pixel: the own affinity is 0, and the own value differs by 0 from itself
+    // (others hand over only in columns that sum to 1).
+    if (from.own) add(plane[0], grid.contains(i.y + dy, i.x + dx) ? away : 0);
     if (from.others) {
-      const bool there = grid.contains(i.y - dy, i.x - dx);
-      const int32_t back = there ? -away : 0;
-      const T weight = plane[back];
-      add(there ? weight : T(0), back);
+      const int32_t back = grid.contains(i.y - dy, i.x - dx) ? -away : 0;
+      add(plane[back], back);
     }
   }
   const T factor = inverse[i.image * size + i.index];

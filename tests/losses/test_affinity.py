@@ -14,7 +14,7 @@ from wsis.errors import InputError
 from wsis.losses import affinity as losses
 from wsis.losses.affinity import affinity_loss, displacement_loss, irn_losses, psa_losses
 from wsis.ops import affinity_labels
-from wsis.ops.random_walk import disc_offsets
+from wsis.ops.stencil_affinity import disc_offsets
 
 LEAVES = ("conv4", "conv5", "conv6", "w_f8_3", "w_f8_4", "w_f8_5", "w_f9")
 

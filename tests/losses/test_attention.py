@@ -105,6 +105,31 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(lambda y, loss=loss: loss(y, labels).loss, x)
 
 
+def test_a_single_pair_of_two_classes():
+    """Beside 160 000 of one class it must not drown in their rounding."""
+    labels = torch.zeros(1, 20, 20, dtype=torch.int64)
+    labels[0, 0, 0] = 1
+    labels[0, 0, 2:] = labels[0, 1:] = 255
+    far = torch.zeros(1, 40, 40, dtype=torch.int64)
+    far[0, 0, 0] = 1
+    for case, radius in ((labels, None), (far, 1)):
+        tokens = case[0].numel()
+        attention = torch.rand(1, tokens, tokens, generator=torch.Generator().manual_seed(0))
+        loss = afa_affinity_loss(attention, case, radius=radius)
+        pairs = attention[0, 0] + attention[0, :, 0]
+        near = (1,) if radius is None else (1, 40, 41)
+        negative = float(pairs[list(near)].double().sum() / (2 * len(near) + 1))
+        assert int(loss.negatives) == 2 * len(near) + 1
+        grad = torch.autograd.functional.vjp(
+            lambda a, case=case, radius=radius: afa_affinity_loss(a, case, radius=radius).loss,
+            attention,
+        )[1]
+        positive = 2 * float(loss.loss) - negative
+        expected = 1 - float((attention * -grad.clamp(max=0)).double().sum()) * 2
+        expected -= 1 / int(loss.positives)  # the count is one more than the pairs
+        assert positive == pytest.approx(expected, abs=3e-6)
+
+
 def test_counts_are_whole_and_without_gradient():
     attention, _, labels = draw()
     loss = afa_affinity_loss(attention.requires_grad_(), labels)

@@ -19,7 +19,7 @@ from wsis.compat.irn import affinity_sparse2dense, random_walk
 from wsis.errors import InputError
 from wsis.losses.affinity import affinity_loss
 from wsis.ops.affinity_labels import UNKNOWN, affinity_labels, interior, offset_list
-from wsis.ops.random_walk import disc_offsets, pair_affinity
+from wsis.ops.stencil_affinity import disc_offsets, pair_affinity
 
 __all__ = [
     "ExtractAffinityLabelInRadius",

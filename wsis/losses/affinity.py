@@ -21,7 +21,7 @@ from wsis.ops.affinity_labels import (
     affinity_labels,
     offset_list,
 )
-from wsis.ops.random_walk import disc_offsets, pair_affinity, path_affinity
+from wsis.ops.stencil_affinity import disc_offsets, pair_affinity, path_affinity
 from wsis.types import IGNORE
 
 EPS = 1e-5
@@ -113,8 +113,8 @@ class _AffinityLoss(torch.autograd.Function):
             loss = -torch.where(label == DIFFERENT, 1 + eps - a, a + eps).log()
             for group, value in enumerate(_GROUPS):
                 chosen = label == value
-                sums[group] += torch.where(chosen, loss, 0).sum(dtype=torch.float64)
-                counts[group] += chosen.sum()
+                sums[group] += torch.where(chosen, loss, 0).sum()
+                counts[group] += torch.count_nonzero(chosen)
         ctx.save_for_backward(affinity, labels, counts)
         ctx.eps = eps
         return (sums / (counts + eps)).to(affinity.dtype)
@@ -262,12 +262,12 @@ class _Displacement(torch.autograd.Function):
             for group, (kind, grad) in enumerate(zip(kinds, grads, strict=True)):
                 chosen = (labels[:, k : k + 1] == kind)[here]
                 off = torch.where(chosen, difference - target if group == 0 else difference, 0)
-                sums[group] += off.abs().sum(dtype=torch.float64)
+                sums[group] += off.abs().sum()
                 if grad is not None:
                     sign = off.sign_()
                     grad[here] += sign
                     grad[there] -= sign
-        counts = torch.stack([(labels == kind).sum() for kind in kinds])
+        counts = torch.stack([torch.count_nonzero(labels == kind) for kind in kinds])
         divisors = 2 * counts.double() + eps
         ctx.save_for_backward(divisors, *(g for g in grads if g is not None))
         foreground, background = (sums / divisors).to(field.dtype)

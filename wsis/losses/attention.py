@@ -78,12 +78,11 @@ class _AttentionLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         sums = attention.new_zeros(2, dtype=torch.float64)
         counts = torch.ones(2, dtype=torch.int64, device=attention.device)
-        for b, rows, same, different in _pairs(labels, radius, ignore_index, diagonal=True):
+        for b, rows, taken, same in _pairs(labels, radius, ignore_index, diagonal=True):
             a = attention[b, rows]
-            sums[0] += torch.where(same, 1 - a, 0).sum(dtype=torch.float64)
-            sums[1] += torch.where(different, a, 0).sum(dtype=torch.float64)
-            counts[0] += same.sum()
-            counts[1] += different.sum()
+            _add(sums, counts, a, taken, same)
+        # 1 - a of each positive; the counts have a 1 of their own.
+        sums[0] = counts[0] - 1 - sums[0]
         ctx.save_for_backward(labels, counts)
         ctx.like, ctx.window = attention.new_empty(0), (radius, ignore_index)
         positives, negatives = counts.unbind()
@@ -97,8 +96,8 @@ class _AttentionLoss(torch.autograd.Function):
         tokens = labels.shape[1] * labels.shape[2]
         share = upstream / (2 * counts.to(upstream.dtype))
         grad = ctx.like.new_empty(len(labels), tokens, tokens)
-        for b, rows, same, different in _pairs(labels, *ctx.window, diagonal=True):
-            grad[b, rows] = torch.where(different, share[1], torch.where(same, -share[0], 0))
+        for b, rows, taken, same in _pairs(labels, *ctx.window, diagonal=True):
+            grad[b, rows] = torch.where(same, -share[0], taken * share[1])
         return grad, None, None, None
 
 
@@ -149,12 +148,9 @@ class _TokenContrast(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         sums = unit.new_zeros(2, dtype=torch.float64)
         counts = torch.ones(2, dtype=torch.int64, device=unit.device)
-        for b, rows, same, different in _pairs(labels, None, ignore_index, diagonal=False):
+        for b, rows, taken, same in _pairs(labels, None, ignore_index, diagonal=False):
             cosine = (unit[b, :, rows].T @ unit[b]).abs_()
-            sums[0] += torch.where(same, cosine, 0).sum(dtype=torch.float64)
-            sums[1] += torch.where(different, cosine, 0).sum(dtype=torch.float64)
-            counts[0] += same.sum()
-            counts[1] += different.sum()
+            _add(sums, counts, cosine, taken, same)
         ctx.save_for_backward(unit, labels, counts)
         ctx.ignore_index = ignore_index
         positives, negatives = counts.unbind()
@@ -169,35 +165,43 @@ class _TokenContrast(torch.autograd.Function):
         # Twice a half: every pair stands in two rows, and each of its tokens gets both.
         share = upstream / counts.to(upstream.dtype)
         grad = torch.empty_like(unit)
-        for b, rows, same, different in _pairs(labels, None, ctx.ignore_index, diagonal=False):
+        for b, rows, taken, same in _pairs(labels, None, ctx.ignore_index, diagonal=False):
             sign = (unit[b, :, rows].T @ unit[b]).sign_()
-            weight = torch.where(different, share[1], torch.where(same, -share[0], 0))
+            weight = torch.where(same, -share[0], taken * share[1])
             grad[b, :, rows] = unit[b] @ (sign * weight).T
         return grad, None, None
+
+
+def _add(sums: Tensor, counts: Tensor, values: Tensor, taken: Tensor, same: Tensor) -> None:
+    """Adds the values of pairs of one class, and of two, and how many there are."""
+    # Not all less those of one class: a few pairs would drown in the rounding of many.
+    groups = (same, taken ^ same)
+    sums += torch.stack([torch.where(pairs, values, 0).sum() for pairs in groups])
+    counts += torch.stack([torch.count_nonzero(pairs) for pairs in groups])
 
 
 def _pairs(
     labels: Tensor, radius: int | None, ignore_index: int, *, diagonal: bool
 ) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-    """Image, rows, and ``[rows, N] bool`` twice: pairs of one class, pairs of two."""
+    """Image, rows, and ``[rows, N] bool`` twice: pairs that take part, and those of one class."""
     batch, height, width = labels.shape
     tokens = height * width
+    flat = labels.flatten(1)
+    known = flat != ignore_index
     place = torch.arange(tokens, device=labels.device)
     y, x = place // width, place % width
-    for b in range(batch):
-        label = labels[b].flatten()
-        known = label != ignore_index
-        step = max(1, _BLOCK // max(1, tokens))
-        for first in range(0, tokens, step):
-            rows = slice(first, min(first + step, tokens))
-            taken = known[rows, None] & known
-            if radius is not None:
-                taken &= (y[rows, None] - y).abs() <= radius
-                taken &= (x[rows, None] - x).abs() <= radius
-            if not diagonal:
-                taken &= place[rows, None] != place
-            same = label[rows, None] == label
-            yield b, rows, taken & same, taken & ~same
+    step = max(1, _BLOCK // max(1, tokens))
+    for first in range(0, tokens, step):
+        rows = slice(first, min(first + step, tokens))
+        near = None if diagonal else place[rows, None] != place
+        if radius is not None:
+            window = (y[rows, None] - y).abs() <= radius
+            window &= (x[rows, None] - x).abs() <= radius
+            near = window if near is None else near & window
+        for b in range(batch):
+            taken = known[b, rows, None] & known[b]
+            taken = taken if near is None else taken.logical_and_(near)
+            yield b, rows, taken, (flat[b, rows, None] == flat[b]).logical_and_(taken)
 
 
 def _check_labels(labels: Tensor) -> None:

@@ -23,7 +23,8 @@ from wsis.offline.spread import (
 )
 from wsis.ops.local_affinity import DILATIONS, refine
 from wsis.ops.norms import max_norm
-from wsis.ops.random_walk import MOST_LOG_STEPS, MOST_RADIUS
+from wsis.ops.random_walk import MOST_LOG_STEPS
+from wsis.ops.stencil_affinity import MOST_RADIUS
 from wsis.types import IGNORE
 
 if TYPE_CHECKING:

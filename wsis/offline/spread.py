@@ -20,7 +20,8 @@ from wsis.errors import InputError
 from wsis.models.features import IMAGENET_MEAN, IMAGENET_STD
 from wsis.offline.stored import read_content
 from wsis.ops.pixel_correlation import pixel_correlation
-from wsis.ops.random_walk import pair_affinity, path_affinity, random_walk
+from wsis.ops.random_walk import random_walk
+from wsis.ops.stencil_affinity import pair_affinity, path_affinity
 
 if TYPE_CHECKING:
     from torch import Tensor

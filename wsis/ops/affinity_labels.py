@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsis.errors import InputError
-from wsis.ops.random_walk import disc_offsets
+from wsis.ops.stencil_affinity import disc_offsets
 from wsis.types import BACKGROUND, IGNORE
 
 DIFFERENT = 0

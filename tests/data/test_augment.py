@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
 from wsis.data import augment
-from wsis.data.augment import normalize, train_transform
+from wsis.data.augment import draw, normalize, train_transform
 from wsis.data.views import second_view
 from wsis.errors import InputError, MissingExtraError
 
@@ -195,25 +195,49 @@ def test_contrast_is_about_the_mean_of_the_whole_image():
     assert max(black_crops) <= 30
 
 
-def test_jitters_come_in_random_order(monkeypatch):
-    image = photo(16, 16)
-    strong = {"crop": 16, "resize_long": (16, 16), "flip": 0, **PLAIN}
-    names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
-    called: list[str] = []
-
-    def recorded(name: str):
-        original = getattr(tv, name)
-        return lambda image, factor: (called.append(name), original(image, factor))[1]
-
-    for name in names:
-        monkeypatch.setattr(tv, name, recorded(name))
-    orders = set()
-    for seed in range(100):
-        called.clear()
-        train_transform(image, None, rng(seed), **strong)
-        assert sorted(called) == sorted(names)
-        orders.add(tuple(called))
+def test_jitters_come_in_random_order():
+    options = {"crop": 16, "resize_long": (16, 16), "flip": 0, "jitter": (0.3, 0.3, 0.3, 0.1)}
+    orders = {draw(rng(seed), (16, 16), **options).order for seed in range(100)}
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
     assert len(orders) > 20  # of 24
+    options["jitter"] = (0.3, 0.0, 0.3, 0.0)
+    assert {draw(rng(seed), (16, 16), **options).order for seed in range(30)} == {(0, 2), (2, 0)}
+
+
+def plainly(image, mask, seed, *, crop, resize_long, flip, jitter, mean, std):
+    """The chain on whole images, every step torchvision's or Pillow's own."""
+    drawn = draw(
+        rng(seed), image.size[::-1], crop=crop, resize_long=resize_long, flip=flip, jitter=jitter
+    )
+    pixels = tv.resize(
+        tv.pil_to_tensor(image), list(drawn.size), tv.InterpolationMode.BICUBIC, antialias=True
+    )
+    image = tv.to_pil_image(pixels)
+    mask = Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST)
+    if drawn.flip:
+        image, mask = tv.horizontal_flip(image), tv.horizontal_flip(mask)
+    steps = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+    for k in drawn.order:
+        image = steps[k](image, drawn.factors[k])
+    out, out_mask = torch.zeros(3, crop, crop), torch.full((crop, crop), 255)
+    (y, top, height), (x, left, width) = drawn.place
+    box = (left, top, left + width, top + height)
+    rows, columns = slice(y, y + height), slice(x, x + width)
+    out[:, rows, columns] = normalize(image.crop(box), mean, std)
+    out_mask[rows, columns] = torch.from_numpy(np.array(mask.crop(box))).long()
+    return out, out_mask, torch.tensor([y, y + height, x, x + width])
+
+
+@pytest.mark.parametrize("size", [(60, 40), (33, 90), (1, 1), (7, 200), (64, 64)])
+@pytest.mark.parametrize("jitter", [(0.3, 0.3, 0.3, 0.1), (0.0,) * 4, (0.5, 0.0, 1.2, 0.5)])
+def test_what_is_cropped_early_is_what_would_be_cropped_late(size, jitter):
+    image = photo(*size, seed=sum(size))
+    mask = np.random.default_rng(1).integers(0, 5, size[::-1]).astype(np.uint8)
+    options = {"crop": 48, "resize_long": (30, 90), "flip": 0.5, "jitter": jitter, **USUAL}
+    for seed in range(8):
+        got = train_transform(image, mask, rng(seed), **options)
+        for a, b in zip(got, plainly(image, mask, seed, **options), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_the_generator_is_the_only_source_of_randomness():

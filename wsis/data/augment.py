@@ -7,6 +7,7 @@ RandomCrop 448 padded with zeros after normalisation.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from wsis.data.color import jitter_window
 from wsis.errors import InputError, MissingExtraError
 from wsis.types import IGNORE
 
@@ -83,12 +85,117 @@ def train_transform(
         raise InputError(
             f"mask must be [{image.height}, {image.width}] like its image, got {list(mask.shape)}"
         )
-    image, mask = _resize_long(image, mask, _randint(rng, *resize_long))
-    if _uniform(rng, 0, 1) < flip:
-        image = torchvision_functional().horizontal_flip(image)
-        mask = None if mask is None else mask[:, ::-1]
-    image = _color_jitter(image, rng, jitter)
-    return _normalize_and_crop(image, mask, rng, crop=crop, mean=mean, std=std)
+    drawn = draw(
+        rng,
+        (image.height, image.width),
+        crop=crop,
+        resize_long=resize_long,
+        flip=flip,
+        jitter=jitter,
+    )
+    window = jitter_window(_resize(image, drawn), drawn)
+    rows, columns = drawn.inside
+    out = torch.zeros(3, crop, crop)
+    out[:, rows, columns] = normalize(window, mean, std)
+    out_mask = None if mask is None else crop_mask(mask, drawn, crop)
+    return out, out_mask, torch.tensor(drawn.valid_box)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All that is random about one training sample; both loaders follow the same one.
+
+    Attributes:
+        size: height and width after resizing.
+        flip: whether the resized image is mirrored left to right.
+        factors: of brightness, contrast and saturation, and the hue's shift in turns.
+        order: which of the four are applied, by position in `factors`, in this order.
+        place: for rows, then columns: offset in the crop, offset in the resized and mirrored
+            image, length kept.
+    """
+
+    size: tuple[int, int]
+    flip: bool
+    factors: tuple[float, float, float, float]
+    order: tuple[int, ...]
+    place: tuple[tuple[int, int, int], tuple[int, int, int]]
+
+    @property
+    def inside(self) -> tuple[slice, slice]:
+        """Rows and columns of the crop that show the image; the rest is padding."""
+        (y, _, height), (x, _, width) = self.place
+        return slice(y, y + height), slice(x, x + width)
+
+    @property
+    def valid_box(self) -> tuple[int, int, int, int]:
+        """`inside` as y0, y1, x0, x1."""
+        (y, _, height), (x, _, width) = self.place
+        return y, y + height, x, x + width
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """Rows and columns of the resized image, before it is mirrored, that are kept."""
+        (_, top, height), (_, left, width) = self.place
+        if self.flip:
+            left = self.size[1] - left - width
+        return slice(top, top + height), slice(left, left + width)
+
+
+def draw(
+    rng: torch.Generator,
+    size: tuple[int, int],
+    *,
+    crop: int,
+    resize_long: tuple[int, int],
+    flip: float,
+    jitter: tuple[float, float, float, float],
+) -> Draw:
+    """Draw one sample's augmentation; the arguments are those of `train_transform`.
+
+    Args:
+        rng: the only source of randomness.
+        size: height and width of the image as stored.
+        crop: side of the result.
+        resize_long: range of the longer side.
+        flip: probability of mirroring.
+        jitter: largest changes of colour.
+
+    Example:
+        >>> rng = torch.Generator().manual_seed(1)
+        >>> drawn = draw(rng, (60, 80), crop=64, resize_long=(64, 96), flip=0.5, jitter=(0.3,) * 4)
+        >>> drawn.valid_box[2:]
+        (0, 64)
+    """
+    scale = _randint(rng, *resize_long) / max(size)
+    resized = tuple(max(1, round(side * scale)) for side in size)
+    mirrored = _uniform(rng, 0, 1) < flip
+    *ratios, hue = jitter
+    factors = [_uniform(rng, max(0.0, 1 - ratio), 1 + ratio) for ratio in ratios]
+    factors.append(_uniform(rng, -hue, hue))
+    order = tuple(k for k in torch.randperm(4, generator=rng).tolist() if jitter[k] > 0)
+    place = tuple(_place(rng, side, crop) for side in resized)
+    return Draw(resized, mirrored, tuple(factors), order, place)
+
+
+def crop_mask(mask: np.ndarray, drawn: Draw, crop: int) -> Tensor:
+    """The mask of an image, resized (nearest), mirrored and cut as `drawn` says.
+
+    Args:
+        mask: `[H, W] uint8`, of the image as stored.
+        drawn: of its image.
+        crop: side of the result.
+
+    Returns:
+        `[crop, crop] int64`, 255 outside the valid box.
+    """
+    from PIL import Image as pil
+
+    resized = pil.fromarray(mask).resize(drawn.size[::-1], pil.Resampling.NEAREST)
+    kept = np.asarray(resized)[drawn.window]
+    kept = (kept[:, ::-1] if drawn.flip else kept).copy()  # torch takes no negative strides
+    out = torch.full((crop, crop), IGNORE, dtype=torch.int64)
+    out[drawn.inside] = torch.from_numpy(kept).long()
+    return out
 
 
 def normalize(image_u8: Image | np.ndarray, mean: Triple, std: Triple) -> Tensor:
@@ -126,75 +233,21 @@ def _uniform(rng: torch.Generator, low: float, high: float) -> float:
     return low + (high - low) * float(torch.rand((), generator=rng, dtype=torch.float64))
 
 
-def _resize_long(
-    image: Image, mask: np.ndarray | None, long_side: int
-) -> tuple[Image, np.ndarray | None]:
-    from PIL import Image as pil
-
-    functional = torchvision_functional()
-    scale = long_side / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    # The uint8 tensor path is antialiased like Pillow's and about five times as fast.
-    pixels = functional.resize(
-        functional.pil_to_tensor(image),
-        [height, width],
-        interpolation=functional.InterpolationMode.BICUBIC,
-        antialias=True,
-    )
-    if mask is not None:
-        mask = np.array(pil.fromarray(mask).resize((width, height), pil.Resampling.NEAREST))
-    return functional.to_pil_image(pixels), mask
-
-
-def _color_jitter(
-    image: Image, rng: torch.Generator, jitter: tuple[float, float, float, float]
-) -> Image:
-    # On a Pillow image: its hue shift takes half the time of the tensor version.
-    functional = torchvision_functional()
-    adjust = (
-        functional.adjust_brightness,
-        functional.adjust_contrast,
-        functional.adjust_saturation,
-        functional.adjust_hue,
-    )
-    *ratios, hue = jitter
-    factors = [_uniform(rng, max(0.0, 1 - ratio), 1 + ratio) for ratio in ratios]
-    factors.append(_uniform(rng, -hue, hue))
-    for k in torch.randperm(4, generator=rng).tolist():
-        if jitter[k] > 0:
-            image = adjust[k](image, factors[k])
-    return image
-
-
-def _normalize_and_crop(
-    image: Image,
-    mask: np.ndarray | None,
-    rng: torch.Generator,
-    *,
-    crop: int,
-    mean: Triple,
-    std: Triple,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Random window of a larger side, random place of a smaller one, each axis on its own.
-
-    Normalisation acts per pixel, so only the pixels that are kept need it.
-    """
-    (y, top, height), (x, left, width) = (
-        _place(rng, side, crop) for side in (image.height, image.width)
-    )
-    window = image.crop((left, top, left + width, top + height))
-    out = torch.zeros(3, crop, crop)
-    out[:, y : y + height, x : x + width] = normalize(window, mean, std)
-    out_mask = None
-    if mask is not None:
-        kept = mask[top : top + height, left : left + width].copy()  # flipped strides are negative
-        out_mask = torch.full((crop, crop), IGNORE, dtype=torch.int64)
-        out_mask[y : y + height, x : x + width] = torch.from_numpy(kept).long()
-    return out, out_mask, torch.tensor([y, y + height, x, x + width])
-
-
 def _place(rng: torch.Generator, side: int, crop: int) -> tuple[int, int, int]:
     """Along one axis: offset in the result, offset in the image, length kept."""
     if side >= crop:
         return 0, _randint(rng, 0, side - crop), crop
     return _randint(rng, 0, crop - side), 0, side
+
+
+def _resize(image: Image, drawn: Draw) -> np.ndarray:
+    """`[h, w, 3] uint8` of the drawn size, bicubic."""
+    functional = torchvision_functional()
+    # The uint8 tensor path is antialiased like Pillow's and about five times as fast.
+    pixels = functional.resize(
+        torch.from_numpy(np.array(image)).permute(2, 0, 1),
+        list(drawn.size),
+        interpolation=functional.InterpolationMode.BICUBIC,
+        antialias=True,
+    )
+    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())

@@ -110,7 +110,7 @@ class _AffinityLoss(torch.autograd.Function):
         sums = affinity.new_zeros(3, dtype=torch.float64)
         counts = torch.zeros_like(sums)
         for a, label in _blocks(affinity, labels):
-            loss = -torch.where(label == DIFFERENT, 1 + eps - a, a + eps).log()
+            loss = -_shifted(a, label == DIFFERENT, eps).log()
             for group, value in enumerate(_GROUPS):
                 chosen = label == value
                 sums[group] += torch.where(chosen, loss, 0).sum()
@@ -130,8 +130,13 @@ class _AffinityLoss(torch.autograd.Function):
             scale = torch.where(different, share[2], 0)
             for group in (0, 1):
                 scale = torch.where(label == _GROUPS[group], -share[group], scale)
-            torch.div(scale, torch.where(different, 1 + ctx.eps - a, a + ctx.eps), out=out)
+            torch.div(scale, _shifted(a, different, ctx.eps), out=out)
         return grad, None, None
+
+
+def _shifted(affinity: Tensor, different: Tensor, eps: float) -> Tensor:
+    """What the logarithms are taken of. ``1 - a`` first, which is exact near 1."""
+    return torch.where(different, 1 - affinity, affinity).add_(eps)
 
 
 def _blocks(*tensors: Tensor) -> Any:

@@ -22,7 +22,7 @@ WORKER = """
     import sys
     from pathlib import Path
     import torch
-    from wsis.cli import load_config
+    from wsis.commands.train import load_config
     from wsis.engine import distributed
     from wsis.engine.trainer import Trainer
 

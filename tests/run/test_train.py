@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from tests.run.conftest import command, run, write_tree
-from wsis.cli import load_config, main
+from wsis.cli import main
+from wsis.commands.train import load_config
 from wsis.engine.trainer import NonFiniteError, Trainer
 
 

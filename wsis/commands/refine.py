@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from wsis.cli import _parser as make_parser
+from wsis.commands.options import make_parser
 from wsis.offline.refine import Method, Refinement
 from wsis.offline.refine_folder import refine_folder
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wsis.cli import _next_free as next_free
-from wsis.cli import _parser as make_parser
-from wsis.cli import load_config
+from wsis.commands.options import make_parser, next_free
+from wsis.commands.train import load_config
 from wsis.errors import InputError
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from wsis.cli import _parser as make_parser
-from wsis.cli import load_config
+from wsis.commands.options import make_parser
+from wsis.commands.train import load_config
 from wsis.errors import InputError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from wsis.cli import _parser as make_parser
+from wsis.commands.options import make_parser
 from wsis.data.dataset import open_dataset
 from wsis.evaluate.cam_report import PICTURES, evaluate_cams_folder
 from wsis.evaluate.cam_sweep import make_sweep

@@ -1,0 +1,1 @@
+"""The commands of `wsis`: one file each, one function that takes its arguments."""

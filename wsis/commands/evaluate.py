@@ -1,0 +1,105 @@
+"""The command ``wsis evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from wsis.commands.options import make_parser, next_free
+from wsis.commands.train import load_config
+from wsis.errors import InputError
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Score a run or masks, print the table; returns the exit code."""
+    if arguments[:1] == ["wsol"]:
+        from wsis.commands.evaluate_wsol import evaluate_wsol
+
+        return evaluate_wsol(arguments[1:])
+    if arguments[:1] == ["cam"]:
+        from wsis.commands.evaluate_cam import evaluate_cams
+
+        return evaluate_cams(arguments[1:])
+    parser = make_parser(
+        "evaluate",
+        "Score a trained run on its val split and rewrite its report, or score mask PNGs. "
+        "`wsis evaluate wsol` scores localization, `wsis evaluate cam` stored CAMs.",
+    )
+    parser.add_argument("run", nargs="?", type=str | None, help="folder of a trained run")
+    parser.add_argument("--weights", type=str, default="last", help="last | best | a weights file")
+    parser.add_argument("--scales", type=list[float] | None, default=None, help="[0.5,1.0]")
+    parser.add_argument("--flip", type=bool | None, default=None)
+    parser.add_argument("--background", type=float | None, default=None)
+    parser.add_argument("--base_long", type=int | None, default=None)
+    parser.add_argument(
+        "--crf", type=str | None, default=None, help="preset of a dense CRF on the scores, or none"
+    )
+    parser.add_argument("--device", type=str | None, default=None, help="auto | cpu | cuda | ...")
+    parser.add_argument(
+        "--out",
+        type=str | None,
+        default=None,
+        help="where the figures go [the run's folder; RUN/evaluate-N if anything was changed]",
+    )
+    parser.add_argument("--masks", type=str | None, default=None, help="folder of mask PNGs")
+    parser.add_argument("--dataset", type=str | None, default=None, help="of --masks [voc]")
+    parser.add_argument("--root", type=str | None, default=None, help="data set's folder")
+    parser.add_argument("--split", type=str | None, default=None, help="list of images [val]")
+    parser.add_argument(
+        "--convention",
+        type=str | None,
+        default=None,
+        help="how IoU treats absent classes and odd pixels: voc | rtc | toco | irn | pamr | mmseg",
+    )
+    parser.add_argument(
+        "--unsure", type=Literal["wrong", "ignored"] | None, default=None, help="255 in --masks"
+    )
+    options = parser.parse_args(arguments)
+    if (options.run is None) == (options.masks is None):
+        raise InputError("give either a run folder or --masks FOLDER; see wsis evaluate --help")
+    from wsis.evaluate.run import evaluate_masks, evaluate_run
+
+    only_masks, only_run = (
+        ("dataset", "unsure"),
+        ("scales", "flip", "background", "base_long", "crf"),
+    )
+    for name in only_masks if options.masks is None else only_run:
+        if getattr(options, name) is not None:
+            where = "--masks FOLDER" if name in only_masks else "a run folder"
+            raise InputError(f"--{name} goes with {where} only; see wsis evaluate --help")
+    if options.masks is not None:
+        print(
+            evaluate_masks(
+                Path(options.masks),
+                dataset=options.dataset or "voc",
+                root=options.root,
+                split=options.split or "val",
+                convention=options.convention or "voc",
+                unsure=options.unsure,
+            )
+        )
+        return 0
+    folder = Path(options.run)
+    config = load_config(folder / "config.yaml")
+    stored = config.as_dict()
+    check_crf(options.crf)
+    for name in ("scales", "flip", "background", "base_long", "convention", "crf"):
+        if (value := getattr(options, name)) is not None:
+            setattr(config.predict, name, tuple(value) if name == "scales" else value)
+    config.data.val_split = options.split or config.data.val_split
+    changed = config.as_dict() != stored or options.weights != "last"
+    config.data.root = options.root or config.data.root
+    config.device = options.device or config.device
+    out = next_free(folder / "evaluate") if changed else folder
+    out = Path(options.out) if options.out else out
+    choice = "given to wsis evaluate, after training" if options.background is not None else ""
+    print(evaluate_run(config, folder, weights=options.weights, out=out, background_choice=choice))
+    return 0
+
+
+def check_crf(name: str | None) -> None:
+    """A misspelt preset is said before anything is loaded or run."""
+    if name not in (None, "none"):
+        from wsis.offline.crf import check_preset
+
+        check_preset(name)

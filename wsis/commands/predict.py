@@ -1,0 +1,41 @@
+"""The command ``wsis predict``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from wsis.commands.evaluate import check_crf
+from wsis.commands.options import make_parser
+from wsis.commands.train import load_config
+
+
+def predict(arguments: list[str]) -> int:
+    """Write masks; returns the exit code."""
+    parser = make_parser("predict", "Masks of images: palette PNGs at original size, and overlays.")
+    parser.add_argument("run", type=str, help="folder of a trained run")
+    parser.add_argument("images", type=str, help="an image, or a folder of images")
+    parser.add_argument("--out", type=str, default="predictions", help="where the PNGs go")
+    parser.add_argument("--weights", type=str, default="last", help="last | best | a weights file")
+    parser.add_argument("--overlay", type=bool, default=True, help="also write image + mask JPEGs")
+    parser.add_argument(
+        "--crf", type=str | None, default=None, help="preset of a dense CRF on the scores, or none"
+    )
+    parser.add_argument("--device", type=str | None, default=None, help="auto | cpu | cuda | ...")
+    options = parser.parse_args(arguments)
+    from wsis.evaluate.run import predict_files
+
+    check_crf(options.crf)
+    folder = Path(options.run)
+    config = load_config(folder / "config.yaml")
+    config.predict.crf = options.crf or config.predict.crf
+    config.device = options.device or config.device
+    count = predict_files(
+        config,
+        folder,
+        Path(options.images),
+        Path(options.out),
+        weights=options.weights,
+        overlay=options.overlay,
+    )
+    print(f"{count} masks written to {options.out}")
+    return 0

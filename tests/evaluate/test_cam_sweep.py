@@ -194,6 +194,8 @@ def test_standard_candidates(tmp_path):
         ("edges", {"betas": [0.0]}, "beta must be positive"),
         ("edges", {"backgrounds": [0.3, 0.3]}, "backgrounds must ascend"),
         ("edges", {"backgrounds": [0.3, 1.3]}, r"backgrounds must be in \[0, 1\]"),
+        ("features", {"alphas": []}, "alphas must be one or more"),
+        (None, {"backgrounds": []}, "backgrounds must be one or more"),
         ("features", {"alphas": [-1.0]}, "alphas must be positive"),
         ("edges", {"radius": 0}, "radius"),
         ("edges", {"log_steps": 99}, "log_steps"),

@@ -126,11 +126,13 @@ def make_sweep(
     standard_backgrounds = tuple(THRESHOLDS.tolist()) if sweep else (fixed,)
     standard_alphas = ALPHAS if sweep else (WALK_ALPHA,)
     standard_betas = (BETAS if sweep else (BETA[kind],)) if kind else ()
+    levels = standard_backgrounds if backgrounds is None else tuple(backgrounds)
+    powers = standard_alphas if alphas is None else tuple(alphas)
     made = Sweep(
         guides,
-        tuple(betas) if betas is not None else standard_betas,
-        () if kind == "features" else tuple(backgrounds or standard_backgrounds),
-        tuple(alphas or standard_alphas) if kind == "features" else (),
+        standard_betas if betas is None else tuple(betas),
+        () if kind == "features" else levels,
+        powers if kind == "features" else (),
         radius,
         log_steps,
     )

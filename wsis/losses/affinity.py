@@ -262,7 +262,7 @@ class _Displacement(torch.autograd.Function):
         sums = field.new_zeros(2, dtype=torch.float64)
         targets = torch.tensor(steps, dtype=field.dtype, device=field.device)[..., None, None]
         for k, ((dy, dx), target) in enumerate(zip(steps, targets, strict=True)):
-            here, there = _windows(*field.shape[-2:], dy, dx)
+            here, there = _windows(field.shape[2], field.shape[3], dy, dx)
             difference = field[here] - field[there]
             for group, (kind, grad) in enumerate(zip(kinds, grads, strict=True)):
                 chosen = (labels[:, k : k + 1] == kind)[here]

@@ -35,6 +35,9 @@ class DataConfig:
         flip: probability of a horizontal flip.
         jitter: colour jitter of brightness, contrast, saturation, hue.
         workers: processes that load data; 0 loads in the training process.
+        loader: what decodes and augments: `torch`, `dali` (on the GPU that trains), or `auto`: dali
+            where it is installed, a GPU trains and the images are files. Both make the same
+            batches up to rounding.
     """
 
     dataset: Literal["scenes", "voc", "folder", "coco"] = "voc"
@@ -49,6 +52,7 @@ class DataConfig:
     flip: float = 0.5
     jitter: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1)
     workers: int = 2
+    loader: Literal["auto", "torch", "dali"] = "auto"
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
+from importlib import import_module, metadata
 
 import wsis
 
@@ -69,9 +69,13 @@ def _version(distribution: str) -> str | None:
 
 def _dali() -> str:
     found = [f"{_version(name)} ({name})" for name in _DALI if _version(name)]
-    return ", ".join(found) or (
-        "missing: pip install '.[dali-cu13]', or dali-cu12 for CUDA 12; optional"
-    )
+    if not found:
+        return "missing: pip install '.[dali-cu13]', or dali-cu12 for CUDA 12; optional"
+    try:
+        import_module("nvidia.dali")
+    except Exception as error:  # a foreign library: a broken one must not break this page
+        found.append(f"does not import: {error}")
+    return ", ".join(found)
 
 
 def _devices() -> list[tuple[str, str]]:

@@ -147,7 +147,6 @@ def _tables() -> _Tables:
     rising = 1 - np.float64(vividness)[:, None] * (1 - np.float64(rest))
     levels = np.stack([np.ones((256, 256)), rising, falling, smallest])
     roles = np.array([[0, 2, 3, 3, 1, 0], [1, 0, 0, 2, 3, 3], [3, 3, 1, 0, 0, 2]])
-    ratios = np.stack(
-        [levels[role[sector.astype(int) % 6], :, byte.astype(int)].T for role in roles]
-    )
+    at_hue = roles[:, sector.astype(int) % 6]
+    ratios = levels[at_hue, :, np.arange(256)].transpose(0, 2, 1)
     return _Tables(hue.ravel(), saturation.ravel(), ratios.reshape(3, -1))

@@ -21,6 +21,8 @@ from wsis.data.dataset import Dataset
 from wsis.errors import InputError, MissingExtraError
 from wsis.types import Batch
 
+LOADERS = ("auto", "torch", "dali")
+
 
 class TrainLoader:
     """Augmented batches of a data set, shuffled anew each epoch.
@@ -41,6 +43,7 @@ class TrainLoader:
         world_size: number of processes; each gets its slice of every global batch.
 
     Attributes:
+        kind: `torch`, or `dali` for its subclass.
         steps_per_epoch: global batches per epoch; the last partial one is dropped.
 
     Raises:
@@ -54,6 +57,8 @@ class TrainLoader:
         >>> [batch.image.shape[0] for batch in loader.epoch(0)]
         [4, 4]
     """
+
+    kind = "torch"
 
     def __init__(
         self,
@@ -110,15 +115,9 @@ class TrainLoader:
         Raises:
             InputError: an image or a mask cannot be used; the message names the file.
         """
-        order = _philox(self.seed, epoch).permutation(len(self.dataset))
-        per_rank = self.batch_size // self.world_size
-        batches = []
-        for step in range(start, self.steps_per_epoch):
-            first = step * self.batch_size + self.rank * per_rank
-            batches.append(order[first : first + per_rank].tolist())
         loader: DataLoader[dict[str, Any]] = DataLoader(
             _Samples(self.dataset, self.seed, epoch, self._masks, self._transform),
-            batch_sampler=batches,
+            batch_sampler=self._order(epoch, start),
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=_one_thread,
@@ -129,6 +128,63 @@ class TrainLoader:
             if "error" in fields:
                 raise InputError(fields["error"])
             yield Batch(**fields)
+
+    def _order(self, epoch: int, start: int) -> list[list[int]]:
+        """Positions of this process's images in batch `start` and those after it."""
+        order = _philox(self.seed, epoch).permutation(len(self.dataset))
+        per_rank = self.batch_size // self.world_size
+        first = range(
+            start * self.batch_size + self.rank * per_rank,
+            self.steps_per_epoch * self.batch_size,
+            self.batch_size,
+        )
+        return [order[k : k + per_rank].tolist() for k in first]
+
+
+def make_loader(
+    kind: str, dataset: Dataset, *, device: torch.device | str = "cpu", **options: Any
+) -> TrainLoader:
+    """The loader of a kind: batches of both are the same up to rounding.
+
+    Args:
+        kind: `torch`, `dali`, or `auto`: DALI where it is installed, a GPU trains and the images
+            are files; else torch.
+        dataset: images and labels.
+        device: where the batches are used; DALI prepares them there.
+        options: of `TrainLoader`.
+
+    Raises:
+        InputError: unknown kind, or a wrong option.
+        MissingExtraError: `dali`, which is not installed.
+
+    Example:
+        >>> from wsis.data import open_dataset
+        >>> loader = make_loader("torch", open_dataset("scenes", n_train=8), batch_size=4, crop=64,
+        ...     resize_long=(64, 96), flip=0.5, jitter=(0.3, 0.3, 0.3, 0.1),
+        ...     mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), seed=1)
+        >>> loader.kind
+        'torch'
+    """
+    if kind not in LOADERS:
+        raise InputError(f"unknown loader '{kind}', expected one of {', '.join(LOADERS)}")
+    device = torch.device(device)
+    files = dataset.image_path(0) is not None
+    if kind == "torch" or (kind == "auto" and not (files and device.type == "cuda")):
+        return TrainLoader(dataset, **options)
+    try:
+        from wsis.data.dali import DaliLoader
+    except ImportError as error:
+        if kind == "auto":
+            return TrainLoader(dataset, **options)
+        raise MissingExtraError("nvidia-dali", "dali-cu13", f"the loader '{kind}'") from error
+    return DaliLoader(dataset, device=device, **options)
+
+
+def sample_generator(seed: int, epoch: int, i: int) -> torch.Generator:
+    """The generator of image i in an epoch, from which all its draws come."""
+    # Philox counters differ in another word than the one that counts draws: no overlap.
+    rng = torch.Generator()
+    return rng.manual_seed(int(_philox(seed, epoch, i + 1).integers(2**63)))
 
 
 class _Samples(TorchDataset[dict[str, Any]]):
@@ -155,9 +211,7 @@ class _Samples(TorchDataset[dict[str, Any]]):
             mask = self.dataset.mask(i) if self.masks else None
         except (InputError, MissingExtraError) as error:
             return {"error": str(error)}
-        # Philox counters differ in another word than the one that counts draws: no overlap.
-        rng = torch.Generator()
-        rng.manual_seed(int(_philox(self.seed, self.epoch, i + 1).integers(2**63)))
+        rng = sample_generator(self.seed, self.epoch, i)
         pixels, target, valid_box = train_transform(image, mask, rng, **self.transform)
         label = torch.from_numpy(self.dataset.labels[i].astype(np.float32))
         sample = {"image": pixels, "label": label, "valid_box": valid_box, "index": torch.tensor(i)}

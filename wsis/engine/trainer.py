@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from wsis.config import TrainConfig
 from wsis.data.dataset import Dataset
-from wsis.data.loader import TrainLoader
+from wsis.data.loader import make_loader
 from wsis.engine import distributed
 from wsis.engine.build import build_model, open_split
 from wsis.engine.check import check
@@ -67,12 +67,15 @@ class TrainResult:
 
 
 def identity(config: TrainConfig, dataset: Dataset) -> str:
-    """Hash of everything that a checkpoint depends on; a resumed run must have the same."""
+    """Hash of everything that a checkpoint depends on; a resumed run must have the same.
+
+    Neither the device nor the loader is in it: they change no more than rounding.
+    """
     relevant = config.as_dict()
     for free in ("threads", "device", "report_images", "quality_images", "predict", "save_every"):
         relevant.pop(free)
-    relevant["data"].pop("workers")
-    relevant["data"].pop("root")
+    for free in ("workers", "root", "loader"):
+        relevant["data"].pop(free)
     relevant["fingerprint"] = dataset.fingerprint()
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
@@ -133,8 +136,10 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=config.optim.amp == "fp16" and self.device.type == "cuda"
         )
-        self.loader = TrainLoader(
+        self.loader = make_loader(
+            config.data.loader,
             self.train_set,
+            device=self.device,
             batch_size=config.optim.batch_size,
             crop=config.data.crop,
             resize_long=tuple(config.data.resize_long),
@@ -179,6 +184,7 @@ class Trainer:
             "val": self._about(self.val_set),
             "world_size": distributed.world_size(),
             "device": str(self.device),
+            "loader": self.loader.kind,
         }
         write_json_atomic(self.folder / "about.json", about)
 

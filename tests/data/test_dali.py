@@ -1,0 +1,372 @@
+"""The DALI loader on the CPU, held against the torch loader.
+
+Without DALI these tests are skipped, but not where WSIS_REQUIRE names it: there they fail.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+if "dali" not in os.environ.get("WSIS_REQUIRE", "").split(","):
+    pytest.importorskip("nvidia.dali")
+
+from nvidia.dali import backend
+
+from wsis.data import TrainLoader, open_dataset
+from wsis.data.dali import DaliLoader, encoded
+from wsis.data.loader import make_loader
+from wsis.errors import InputError, MissingExtraError
+
+PIXELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # they stay 0..255
+STILL = (0.0, 0.0, 0.0, 0.0)
+USUAL = {
+    "batch_size": 4,
+    "crop": 56,
+    "resize_long": (40, 90),
+    "flip": 0.5,
+    "jitter": (0.3, 0.3, 0.3, 0.1),
+    "seed": 7,
+    **PIXELS,
+}
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with edges and grain."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (4, 5, 3), np.uint8)
+    large = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+    bright = large.astype(np.int16) + rng.integers(-9, 10, large.shape)
+    bright[height // 3 : height // 2, width // 4 : width // 2] = 255
+    bright[height // 2 :, : width // 5] = 0
+    return Image.fromarray(bright.clip(0, 255).astype(np.uint8))
+
+
+def write_folder(root, files: dict[str, Image.Image | bytes], **options):
+    """A data set of images by file name, all labelled alike; its masks are noise."""
+    (root / "masks").mkdir(parents=True)
+    for k, (name, image) in enumerate(files.items()):
+        if isinstance(image, bytes):
+            (root / name).write_bytes(image)
+            continue
+        image.save(root / name, **options)
+        noise = np.random.default_rng(k).integers(0, 2, image.size[::-1]).astype(np.uint8)
+        Image.fromarray(noise).save(root / "masks" / f"{name.rsplit('.', 1)[0]}.png")
+    rows = "".join(f"{name},cat\n" for name in files)
+    (root / "train.csv").write_text(f"image,labels\n{rows}")
+    return open_dataset("folder", root)
+
+
+def jpeg(image: Image.Image, path, **options) -> bytes:
+    image.save(path, "JPEG", **options)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """JPEGs and PNGs larger and smaller than the crop, wide, tall, and one pixel."""
+    sizes = [(90, 60), (60, 91), (33, 40), (120, 17), (64, 64), (300, 200), (1, 1), (56, 56)]
+    files = {}
+    for k, size in enumerate(sizes):
+        files[f"{k}.jpg"] = photo(*size, seed=k)
+        files[f"{k}p.png"] = photo(*size, seed=50 + k)
+    files["grey.jpg"] = photo(70, 50).convert("L")
+    files["grey2.png"] = photo(70, 50).convert("L")
+    files["again.jpg"] = photo(80, 44, seed=5)
+    files["odd.jpg"] = photo(57, 133, seed=6)
+    return write_folder(tmp_path_factory.mktemp("photos"), files)
+
+
+def both(dataset, epoch=0, **options):
+    """Pairs of batches of the two loaders, all but the images compared."""
+    torch_loader = TrainLoader(dataset, **USUAL | options)
+    dali_loader = DaliLoader(dataset, **USUAL | options)
+    for a, b in zip(torch_loader.epoch(epoch), dali_loader.epoch(epoch), strict=True):
+        for name in ("label", "valid_box", "index"):
+            left, right = getattr(a, name), getattr(b, name)
+            assert left.dtype == right.dtype and torch.equal(left, right), name
+        assert (a.mask is None) == (b.mask is None)
+        assert a.mask is None or torch.equal(a.mask, b.mask)
+        assert (a.image.shape, a.image.dtype) == (b.image.shape, b.image.dtype)
+        padding = torch.ones_like(a.image, dtype=torch.bool)
+        for k, (y0, y1, x0, x1) in enumerate(a.valid_box.tolist()):
+            padding[k, :, y0:y1, x0:x1] = False
+        assert (b.image[padding] == 0).all()
+        yield a, b
+
+
+def levels(pairs) -> torch.Tensor:
+    """Differences of all pixels, in levels of 255."""
+    return torch.cat([(a.image - b.image).abs().flatten() for a, b in pairs])
+
+
+def assert_equal(left, right) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        for name in ("image", "label", "valid_box", "index"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+@pytest.mark.parametrize("resize", [(40, 90), (16, 30), (200, 240)])
+def test_without_jitter_pixels_agree_within_a_level(photos, resize):
+    errors = [levels(both(photos, k, jitter=STILL, resize_long=resize)) for k in range(3)]
+    errors = torch.cat(errors)
+    assert (errors > 1.01).double().mean() < 2e-5
+    assert errors.max() < 2.01
+
+
+def test_a_photograph_agrees_within_a_level(tmp_path):
+    files = {f"{k}.jpg": photo(375, 281, seed=k) for k in range(4)}
+    data = write_folder(tmp_path / "data", files, quality=92)
+    options = {"jitter": STILL, "crop": 448, "resize_long": (448, 768)}
+    errors = levels(both(data, **options))
+    assert (errors > 1.01).double().mean() < 1e-5
+    assert errors.max() < 2.01
+
+
+@pytest.mark.parametrize("jitter", [(0.4, 0, 0, 0), (0, 0.4, 0, 0), (0, 0, 0.4, 0), (0, 0, 0, 0.4)])
+def test_one_adjustment_at_a_time(photos, jitter):
+    # Without resizing nothing but the adjustment can differ; the images of 56 pixels have none.
+    options = {"jitter": jitter, "resize_long": (56, 56)}
+    still = [b.image[k] for _, b in both(photos, **options | {"jitter": STILL}) for k in range(4)]
+    found = 0
+    for a, b in both(photos, **options):
+        for k, i in enumerate(b.index.tolist()):
+            error = (a.image[k] - b.image[k]).abs()
+            assert (error > 2.01).double().mean() < 5e-3 and error.mean() < 0.05
+            if max(photos.image_size(i)) == 56:
+                found += 1
+                # A hue that lies on a step of 1/256 turn may fall to either side of it.
+                assert error.max() < (8 if jitter[3] else 1.01)
+                assert (error > 0.01).double().mean() < 0.01
+    assert found == 2
+    moved = [b.image[k] for _, b in both(photos, **options) for k in range(4)]
+    assert sum(not torch.equal(x, y) for x, y in zip(still, moved, strict=True)) > 10
+
+
+@pytest.mark.parametrize("jitter", [(0.3, 0.3, 0.3, 0.1), (0.2, 0.0, 1.2, 0.5)])
+def test_with_jitter_pixels_nearly_agree(photos, jitter):
+    errors = levels(pair for k in range(3) for pair in both(photos, k, jitter=jitter))
+    assert (errors > 1.01).double().mean() < 0.02
+    assert errors.double().mean() < 0.1
+
+
+def test_masks_are_the_torch_loaders(photos):
+    for a, _ in both(photos, masks=True):
+        assert set(a.mask.unique().tolist()) == {0, 1, 255}
+
+
+def test_generated_images_go_through():
+    scenes = open_dataset("scenes", n_train=8, size=64)
+    assert levels(both(scenes, jitter=STILL, masks=True)).max() < 2.01
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_threads_change_nothing(photos, workers):
+    straight = list(DaliLoader(photos, **USUAL).epoch(3))
+    assert_equal(straight, list(DaliLoader(photos, workers=workers, **USUAL).epoch(3)))
+
+
+def test_a_resumed_epoch_is_the_tail_of_the_straight_one(photos):
+    loader = DaliLoader(photos, **USUAL)
+    straight = list(loader.epoch(2))
+    assert_equal(straight[3:], list(loader.epoch(2, 3)))
+    assert_equal(straight[1:], list(DaliLoader(photos, workers=2, **USUAL).epoch(2, 1)))
+    assert list(loader.epoch(2, 5)) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_abandoned_epoch_leaves_nothing_behind(photos, workers):
+    loader = DaliLoader(photos, workers=workers, **USUAL)
+    straight = list(loader.epoch(1))
+    for count in (0, 1, 2, 5):
+        abandoned = loader.epoch(0)
+        for _ in range(count):
+            next(abandoned)
+        abandoned.close()
+        assert_equal(straight, list(loader.epoch(1)))
+
+
+def test_ranks_share_each_global_batch(photos):
+    whole = list(DaliLoader(photos, **USUAL).epoch(1))
+    parts = [list(DaliLoader(photos, rank=r, world_size=2, **USUAL).epoch(1)) for r in (0, 1)]
+    for batch, *halves in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat([half.index for half in halves]), batch.index)
+        assert torch.equal(torch.cat([half.image for half in halves]), batch.image)
+
+
+def test_a_batch_stays_when_the_next_ones_come(photos):
+    batches = list(DaliLoader(photos, **USUAL).epoch(0))
+    copies = [b.image.clone() for b in DaliLoader(photos, **USUAL).epoch(0)]
+    assert all(torch.equal(b.image, copy) for b, copy in zip(batches, copies, strict=True))
+
+
+# -- files that are not plain, and files that are bad --------------------------------------------
+
+
+def odd_files(folder) -> dict[str, Image.Image | bytes]:
+    """Images that Pillow reads and DALI does not, or in another way."""
+    image = photo(70, 50, seed=9)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    alpha = image.copy()
+    alpha.putalpha(Image.new("L", image.size, 90))
+    scratch = folder / "scratch"
+
+    def as_bytes(picture: Image.Image, kind: str, **options) -> bytes:
+        picture.save(scratch, kind, **options)
+        return scratch.read_bytes()
+
+    return {
+        "cmyk.jpg": as_bytes(image.convert("CMYK"), "JPEG"),
+        "exif.jpg": as_bytes(image, "JPEG", exif=turned),
+        "progressive.jpg": as_bytes(image, "JPEG", progressive=True),
+        "full.jpg": as_bytes(image, "JPEG", subsampling=0, quality=95),
+        "gif.jpg": as_bytes(image, "GIF"),
+        "gif2.gif": as_bytes(image, "GIF"),
+        "palette.png": as_bytes(image.quantize(20), "PNG"),
+        "clear.png": as_bytes(image.quantize(20), "PNG", transparency=3),
+        "keyed.png": as_bytes(image, "PNG", transparency=(255, 255, 255)),
+        "rgba.png": as_bytes(alpha, "PNG"),
+        "la.png": as_bytes(alpha.convert("LA"), "PNG"),
+        "one.png": as_bytes(image.convert("1"), "PNG"),
+        "png.jpg": as_bytes(image, "PNG"),
+        "bmp.bmp": as_bytes(image, "BMP"),
+        "bmp2.jpg": as_bytes(image, "BMP"),
+        "webp.jpg": as_bytes(image, "WEBP", lossless=True),
+        "tiff.jpg": as_bytes(image, "TIFF"),
+        "thin.jpg": as_bytes(image.resize((1, 900)), "JPEG"),
+    }
+
+
+def test_odd_files_are_read_as_pillow_reads_them(tmp_path):
+    data = write_folder(tmp_path / "data", odd_files(tmp_path))
+    options = {"batch_size": len(data), "jitter": STILL}
+    ((a, b),) = both(data, **options)
+    errors = (a.image - b.image).abs().amax((1, 2, 3))
+    for i, error in zip(a.index.tolist(), errors.tolist(), strict=True):
+        assert error < 2.01, data.ids[i]
+
+
+def bad_files(folder) -> dict[str, bytes]:
+    whole, scratch = jpeg(photo(90, 70), folder / "scratch"), folder / "scratch"
+    photo(90, 70).save(scratch, "PNG")
+    png = scratch.read_bytes()
+    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 99).save(scratch, "PNG")
+    deep = scratch.read_bytes()
+    start = png.index(b"IDAT") + 4
+    return {
+        "truncated.jpg": whole[: len(whole) // 2],
+        "header_only.jpg": whole[:20],
+        "empty.jpg": b"",
+        "html.jpg": b"<!doctype html><title>404</title>",
+        "zeros.jpg": bytes(5000),
+        "truncated.png": png[: len(png) // 2],
+        "filter.png": png[:start] + bytes(20) + png[start + 20 :],
+        "deep.png": deep,
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "name",
+    ["truncated.jpg", "header_only.jpg", "empty.jpg", "html.jpg", "zeros.jpg", "truncated.png",
+     "filter.png", "deep.png"],
+)  # fmt: skip
+def test_a_bad_file_stops_with_its_name(tmp_path, name, workers):
+    files = {f"{k}.png": photo(50, 40, seed=k) for k in range(7)}
+    files[name] = bad_files(tmp_path)[name]
+    data = write_folder(tmp_path / "data", files)
+    loader = DaliLoader(data, workers=workers, **USUAL | {"batch_size": 2})
+    bad = data.ids.index(name.rsplit(".")[0])
+    steps = [bad in batch for batch in loader._order(0, 0)]
+    good = []
+    with pytest.raises(InputError) as caught:
+        good.extend(loader.epoch(0))
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert len(good) == steps.index(True)  # every batch before it came
+    if not steps[-1]:
+        assert len(list(loader.epoch(0, steps.index(True) + 1))) == 3 - len(good)
+
+
+def test_a_file_that_only_dali_refuses_is_named(photos, monkeypatch):
+    def broken(dataset, i):
+        file, size = encoded(dataset, i)
+        return (file[:30], size) if dataset.ids[i] == "again" else (file, size)
+
+    monkeypatch.setattr("wsis.data.dali.encoded", broken)
+    with pytest.raises(InputError, match=r"again\.jpg: DALI cannot decode"):
+        list(DaliLoader(photos, **USUAL).epoch(0))
+
+
+def test_a_missing_mask_is_named(tmp_path):
+    data = write_folder(tmp_path / "data", {f"{k}.png": photo(30, 30) for k in range(4)})
+    (tmp_path / "data" / "masks" / "2.png").unlink()
+    with pytest.raises(InputError, match=r"no mask '2\.png'"):
+        list(DaliLoader(data, masks=True, **USUAL).epoch(0))
+
+
+# -- which loader --------------------------------------------------------------------------------
+
+
+def test_auto_takes_dali_where_a_gpu_trains_on_files(photos):
+    scenes = open_dataset("scenes", n_train=4, size=32)
+    assert make_loader("auto", photos, device="cuda:0", **USUAL).kind == "dali"
+    assert make_loader("auto", photos, device="cpu", **USUAL).kind == "torch"
+    assert make_loader("auto", scenes, device="cuda:0", **USUAL).kind == "torch"
+    assert make_loader("torch", photos, device="cuda:0", **USUAL).kind == "torch"
+    assert make_loader("dali", scenes, **USUAL).kind == "dali"
+    with pytest.raises(InputError, match="unknown loader 'dalli', expected one of auto, torch"):
+        make_loader("dalli", photos, **USUAL)
+
+
+def test_dali_that_is_not_installed(photos, monkeypatch):
+    for module in ("wsis.data.dali", "wsis.data.dali_graph"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    assert make_loader("auto", photos, device="cuda:0", **USUAL).kind == "torch"
+    with pytest.raises(MissingExtraError, match=r"nvidia-dali.*\.\[dali-cu13\]"):
+        make_loader("dali", photos, **USUAL)
+
+
+# -- distribution --------------------------------------------------------------------------------
+
+
+def statistics(loader_class, dataset, count: int, seed: int) -> np.ndarray:
+    """`[count, 9]`: what differs between crops, from colours to places."""
+    options = {"crop": 32, "resize_long": (24, 48), "batch_size": 20, "seed": seed}
+    loader = loader_class(dataset, **USUAL | options)
+    rows: list[torch.Tensor] = []
+    for epoch in range(count // len(dataset)):
+        for batch in loader.epoch(epoch):
+            x, box = batch.image.double(), batch.valid_box.double()
+            area = ((box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2]))[:, None]
+            mean = x.sum((2, 3)) / area
+            spread = (x.square().sum((2, 3)) / area - mean.square()).clamp(min=0).sqrt()
+            lean = x[..., :16].sum((1, 2, 3)) - x[..., 16:].sum((1, 2, 3))
+            rows.append(torch.cat([mean, spread, lean[:, None], area, box[:, :1]], 1))
+    return torch.cat(rows).numpy()
+
+
+@pytest.mark.parametrize("count", [2000, pytest.param(20000, marks=pytest.mark.long)])
+def test_crops_are_of_one_distribution(tmp_path, count):
+    from scipy.stats import ks_2samp
+
+    files = {f"{k:02}.png": photo(24 + k, 40 - k // 2, seed=k) for k in range(20)}
+    data = write_folder(tmp_path / "data", files)
+    ours = statistics(DaliLoader, data, count, seed=1)
+    theirs = statistics(TrainLoader, data, count, seed=2)
+    assert len(ours) == len(theirs) == count
+    for column in range(ours.shape[1]):
+        assert ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3, column
+    brighter = ours[:, 0] * 1.05  # which the test must see
+    assert ks_2samp(brighter, theirs[:, 0]).pvalue < 1e-3
+
+
+def test_this_ran_with_dali():
+    assert backend.__name__.startswith("nvidia.dali")

@@ -105,7 +105,8 @@ def read_voc_boxes(dataset: Dataset) -> tuple[Localization, NDArray[np.int64]]:
         wanted = list(dataset.ids)
     stored = base / "boxes.json" if (base / "boxes.json").is_file() else base / "Annotations"
     read = _flat_boxes(stored, dataset) if stored.is_file() else _annotated(stored)
-    names, boxes, owner, classes = [], [], [], []
+    names: list[str] = []
+    boxes, owner, classes = [], [], []
     for name in wanted:
         found = read(name)
         kinds = {kind for _, kind in found}

@@ -123,6 +123,15 @@ struct Image {
   T* sum;         // [C] planes: of c_k v_k
 };
 
+// The same pointer, but the compiler does not know: weights are read again for every map, as operands
+// of the sums, where it would keep them in registers. That is one instruction for two (24 % faster
+// with three maps).
+template <class T>
+WSIS_INLINE const T* forget(const T* pointer) {
+  asm("" : "+r"(pointer));
+  return pointer;
+}
+
 // What one thread does, for all images.
 template <class T>
 struct WalkRows {
@@ -289,7 +298,7 @@ struct WalkRows {
     for (int32_t p = 0; p < stencil.count; ++p)
       offsets[p] = stencil.positions[p].dy * layout.stride + stencil.positions[p].dx;
     int32_t c = 0;
-    // Threes, as they need the fewest loads; four at the end instead of three and one.
+    // Threes; at the end four instead of three and one, whose sums would wait for each other.
     for (; walk.maps - c > kGroup || walk.maps - c == kGroup - 1; c += kGroup - 1)
       sum_maps<V, 3>(image, k, group, c, offsets);
     if (walk.maps - c == 4) return sum_maps<V, 4>(image, k, group, c, offsets);
@@ -350,13 +359,12 @@ struct WalkRows {
     constexpr int kCount = (kSet & 1) + (kSet >> 1 & 1) + (kSet >> 2 & 1);
     const int32_t stop = stencil.ends[kSet];
     for (; p < stop; ++p, weights += kCount * kLanes) {
-      V weight[kCount];
-      for (int i = 0; i < kCount; ++i) weight[i] = load<V>(weights + i * kLanes);
       const T* neighbour = from + offsets[p];
       for (int c = 0; c < kMaps; ++c) {
         const V value = load<V>(neighbour + c * layout.plane);
+        const T* own = forget(weights);
         for (int r = 0, i = 0; r < kRows; ++r)
-          if (kSet >> r & 1) sums[c * kRows + r] += weight[i++] * value;
+          if (kSet >> r & 1) sums[c * kRows + r] += load<V>(own + i++ * kLanes) * value;
       }
     }
     return weights;

@@ -3,8 +3,8 @@
 //
 // All weights of a step, divided by the column sums, are stored in the order in which they are used:
 // by kRows rows and vector of columns, then by neighbour, so that a step reads one stream. A
-// neighbour's value is loaded once for the kRows rows whose stencils reach it, and its weights once
-// for up to four maps: with three rows and three maps 9 sums take 6 loads, without rows 4 for 3.
+// neighbour's value is loaded once for the kRows rows whose stencils reach it: a sum costs 1.33
+// instructions, not 2. A group of up to four maps has its sums in registers.
 // Threads share the rows and wait for each other after every step. The order of every sum depends on
 // the row alone.
 #pragma once

@@ -1,6 +1,7 @@
 """Runs the benchmarks of one subject and keeps a small JSON of them.
 
-    python benchmarks/run.py confusion    ->  benchmarks/results/confusion.json
+    python benchmarks/run.py confusion             ->  benchmarks/results/confusion.json
+    python benchmarks/run.py loader --root FOLDER  ->  benchmarks/results/loader.json
 
 Medians in milliseconds. Within a group (``@pytest.mark.benchmark(group=..)``) the test whose
 ``benchmark.extra_info["baseline"]`` is true gives the ratios: baseline median / median, one run.
@@ -35,7 +36,7 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def condense(raw: dict, subject: str) -> dict:
+def condense(raw: dict, subject: str, options: list[str]) -> dict:
     groups: dict[str, list[dict]] = {}
     for bench in raw["benchmarks"]:
         groups.setdefault(bench["group"], []).append(bench)
@@ -57,7 +58,8 @@ def condense(raw: dict, subject: str) -> dict:
                 row["ratio"] = round(baseline["stats"]["median"] / stats["median"], 2)
             rows.append(row)
     return {
-        "command": f"python benchmarks/run.py {subject}",
+        # Where the data lie on this machine is nobody's business.
+        "command": f"python benchmarks/run.py {subject}" + (" --root ROOT" if options else ""),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": commit(),
         "cpu": raw["machine_info"]["cpu"].get("brand_raw", platform.processor()),
@@ -68,7 +70,7 @@ def condense(raw: dict, subject: str) -> dict:
     }
 
 
-def main(subject: str) -> None:
+def main(subject: str, *options: str) -> None:
     source = HERE / f"bench_{subject}.py"
     if not source.is_file():
         known = sorted(p.stem.removeprefix("bench_") for p in HERE.glob("bench_*.py"))
@@ -76,9 +78,10 @@ def main(subject: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
         command = [sys.executable, "-m", "pytest", "-q", str(source), f"--benchmark-json={raw}"]
+        command += options
         if code := subprocess.run(command, cwd=HERE.parent).returncode:
             raise SystemExit(code)
-        result = condense(json.loads(raw.read_text()), subject)
+        result = condense(json.loads(raw.read_text()), subject, list(options))
     target = HERE / "results" / f"{subject}.json"
     target.parent.mkdir(exist_ok=True)
     scratch = target.with_suffix(".tmp")
@@ -91,6 +94,6 @@ def main(subject: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 and not (len(sys.argv) == 4 and sys.argv[2] == "--root"):
         raise SystemExit(__doc__)
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -12,7 +12,7 @@ TORCHVISION = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, t
 
 def assert_torchvisions(image: np.ndarray, k: int, factor: float) -> None:
     expected = np.asarray(TORCHVISION[k](Image.fromarray(image), factor))
-    np.testing.assert_array_equal(adjust(image, k, factor), expected)
+    np.testing.assert_array_equal(np.asarray(adjust(image, k, factor)), expected)
 
 
 @pytest.mark.parametrize("k", [0, 1, 2])
@@ -45,6 +45,13 @@ def test_hue_of_every_colour(turns):
     for first in range(256):
         image = np.stack([np.full_like(second, first), second, third], 2).astype(np.uint8)
         assert_torchvisions(image, HUE, turns)
+
+
+def test_pictures_and_arrays_alike():
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    for k in range(4):
+        found = np.asarray(adjust(Image.fromarray(image), k, 0.4))
+        np.testing.assert_array_equal(found, np.asarray(adjust(image, k, 0.4)))
 
 
 @pytest.mark.parametrize(("turns", "steps"), [(0, 0), (0.1, 25), (-0.1, 231), (0.5, 127)])

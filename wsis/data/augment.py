@@ -93,10 +93,8 @@ def train_transform(
         flip=flip,
         jitter=jitter,
     )
-    window = jitter_window(_resize(image, drawn), drawn)
-    rows, columns = drawn.inside
     out = torch.zeros(3, crop, crop)
-    out[:, rows, columns] = normalize(window, mean, std)
+    write_crop(image, drawn, out, mean, std)
     out_mask = None if mask is None else crop_mask(mask, drawn, crop)
     return out, out_mask, torch.tensor(drawn.valid_box)
 
@@ -175,6 +173,29 @@ def draw(
     order = tuple(k for k in torch.randperm(4, generator=rng).tolist() if jitter[k] > 0)
     place = tuple(_place(rng, side, crop) for side in resized)
     return Draw(resized, mirrored, tuple(factors), order, place)
+
+
+def write_crop(image: Image, drawn: Draw, out: Tensor, mean: Triple, std: Triple) -> None:
+    """Resize, jitter, cut and normalise an image into its place in `out`.
+
+    Args:
+        image: RGB, as stored.
+        drawn: of the image.
+        out: `[3, crop, crop] float32`; only the valid box is written.
+        mean: of the image in [0, 1], per channel.
+        std: of the image in [0, 1], per channel.
+    """
+    window = jitter_window(_resize(image, drawn), drawn)
+    rows, columns = drawn.inside
+    for c, table in enumerate(_normalized(tuple(mean), tuple(std))):
+        out[c, rows, columns] = torch.from_numpy(table.take(window[..., c]))
+
+
+@cache
+def _normalized(mean: Triple, std: Triple) -> np.ndarray:
+    """`[3, 256] float32`: what `normalize` makes of each level."""
+    ramp = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 256, 3)
+    return normalize(ramp, mean, std)[:, 0].numpy()
 
 
 def crop_mask(mask: np.ndarray, drawn: Draw, crop: int) -> Tensor:

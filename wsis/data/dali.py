@@ -29,7 +29,7 @@ from nvidia.dali import fn, pipeline_def, types
 from wsis.data.augment import Draw, crop_mask, draw
 from wsis.data.dali_graph import build_pipeline, feeds
 from wsis.data.dataset import Dataset, Image
-from wsis.data.loader import TrainLoader, sample_generator
+from wsis.data.loader import DRAWN_FROM, TrainLoader, sample_generator
 from wsis.errors import InputError
 from wsis.types import Batch
 
@@ -58,8 +58,7 @@ class DaliLoader(TrainLoader):
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        names = ("crop", "resize_long", "flip", "jitter")
-        self._drawn_from = {name: self._transform[name] for name in names}
+        self._drawn_from = {name: self._transform[name] for name in DRAWN_FROM}
         self._stages = sum(strength > 0 for strength in self._transform["jitter"])
         self._pipeline: Any = None  # built by the first epoch
 

@@ -16,12 +16,13 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from wsis.data.augment import Triple, torchvision_functional, train_transform
+from wsis.data.augment import Triple, crop_mask, draw, torchvision_functional, write_crop
 from wsis.data.dataset import Dataset
 from wsis.errors import InputError, MissingExtraError
 from wsis.types import Batch
 
 LOADERS = ("auto", "torch", "dali")
+DRAWN_FROM = ("crop", "resize_long", "flip", "jitter")  # what `draw` wants to know
 
 
 class TrainLoader:
@@ -116,10 +117,10 @@ class TrainLoader:
             InputError: an image or a mask cannot be used; the message names the file.
         """
         loader: DataLoader[dict[str, Any]] = DataLoader(
-            _Samples(self.dataset, self.seed, epoch, self._masks, self._transform),
+            _Batches(self.dataset, self.seed, epoch, self._masks, self._transform),
             batch_sampler=self._order(epoch, start),
             num_workers=self.workers,
-            collate_fn=_collate,
+            collate_fn=_as_it_is,
             worker_init_fn=_one_thread,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else each epoch would draw from the global one
@@ -187,8 +188,8 @@ def sample_generator(seed: int, epoch: int, i: int) -> torch.Generator:
     return rng.manual_seed(int(_philox(seed, epoch, i + 1).integers(2**63)))
 
 
-class _Samples(TorchDataset[dict[str, Any]]):
-    """Augmented samples of one epoch by position; a bad file becomes a sample {"error": message}.
+class _Batches(TorchDataset[dict[str, Any]]):
+    """Augmented batches of one epoch by positions; a bad file makes it {"error": message}.
 
     An exception raised in a worker would reach the caller wrapped in the worker's traceback.
     """
@@ -200,22 +201,35 @@ class _Samples(TorchDataset[dict[str, Any]]):
         self.seed = seed
         self.epoch = epoch
         self.masks = masks
-        self.transform = transform
+        self.crop = transform["crop"]
+        self.mean, self.std = transform["mean"], transform["std"]
+        self.drawn_from = {name: transform[name] for name in DRAWN_FROM}
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        try:
-            image = self.dataset.image(i)
-            mask = self.dataset.mask(i) if self.masks else None
-        except (InputError, MissingExtraError) as error:
-            return {"error": str(error)}
-        rng = sample_generator(self.seed, self.epoch, i)
-        pixels, target, valid_box = train_transform(image, mask, rng, **self.transform)
-        label = torch.from_numpy(self.dataset.labels[i].astype(np.float32))
-        sample = {"image": pixels, "label": label, "valid_box": valid_box, "index": torch.tensor(i)}
-        return sample if target is None else sample | {"mask": target}
+    def __getitems__(self, positions: Sequence[int]) -> dict[str, Any]:
+        """Every image is written where it stays: samples would be copied into a batch."""
+        images = torch.zeros(len(positions), 3, self.crop, self.crop)
+        boxes, masks = [], []
+        for out, i in zip(images, positions, strict=True):
+            try:
+                image = self.dataset.image(i)
+                mask = self.dataset.mask(i) if self.masks else None
+            except (InputError, MissingExtraError) as error:
+                return {"error": str(error)}
+            size = (image.height, image.width)
+            drawn = draw(sample_generator(self.seed, self.epoch, i), size, **self.drawn_from)
+            write_crop(image, drawn, out, self.mean, self.std)
+            boxes.append(drawn.valid_box)
+            if mask is not None:
+                masks.append(crop_mask(mask, drawn, self.crop))
+        return {
+            "image": images,
+            "label": torch.from_numpy(self.dataset.labels[positions].astype(np.float32)),
+            "valid_box": torch.tensor(boxes),
+            "index": torch.tensor(positions),
+        } | ({"mask": torch.stack(masks)} if masks else {})
 
 
 def _philox(seed: int, epoch: int, stream: int = 0) -> np.random.Generator:
@@ -224,11 +238,8 @@ def _philox(seed: int, epoch: int, stream: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def _collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    failed = next((sample for sample in samples if "error" in sample), None)
-    if failed is not None:
-        return failed
-    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch
 
 
 def _one_thread(worker: int) -> None:

@@ -343,7 +343,7 @@ def _build(
         slots, entries = empty(by_corner, "int16"), empty(by_corner, "int16")
         weights, first = empty(by_corner, "float32"), empty((tiles + 1,), "int32")
         points = (interleaved, widths, spatial, height, width, threads)
-        count, listed = _C.permutohedral_embed_cpu(
+        count, listed, chunks = _C.permutohedral_embed_cpu(
             image, slots, weights, entries, first, scratch, *points
         )
         if count < 0:
@@ -353,10 +353,10 @@ def _build(
                 else "features must span fewer lattice cells, got too wide a range: larger widths"
             )
         rows, counts = empty((listed,), "int32"), empty((listed,), "int16")
-        lines, ends = empty((dims + 1, count), "int32"), empty((dims + 1,), "int32")
-        _C.permutohedral_finish_cpu(image, scratch, rows, counts, lines, ends, *points)
+        lines, cuts = empty((dims + 1, count), "int32"), empty((dims + 1, chunks, 2), "int32")
+        _C.permutohedral_finish_cpu(image, scratch, rows, counts, lines, cuts, *points)
         vertices.append(count)
-        built.append((slots, weights, entries, first, rows, counts, lines, ends))
+        built.append((slots, weights, entries, first, rows, counts, lines, cuts))
     return Lattice(dims, height, width, tuple(vertices), tuple(built))
 
 

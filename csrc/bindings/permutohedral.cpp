@@ -52,8 +52,8 @@ std::pair<int64_t, int64_t> permutohedral_sizes(int64_t height, int64_t width, i
   return {tiles.count(), cpu::lattice_scratch_size(tiles.pixels(), static_cast<int32_t>(dims))};
 }
 
-// Returns M and V; M = -1: a feature is not finite, -2: too wide a range.
-std::pair<int64_t, int64_t> permutohedral_embed_cpu(
+// Returns M, V and the number of chunks; M = -1: a feature is not finite, -2: too wide a range.
+std::tuple<int64_t, int64_t, int64_t> permutohedral_embed_cpu(
     const std::optional<Array>& image,  // [c, N] or [N, c], uint8 or float32
     const Array& slots,                 // [N, d + 1] int16, out
     const Array& weights,               // [N, d + 1] float32, out
@@ -74,7 +74,7 @@ std::pair<int64_t, int64_t> permutohedral_embed_cpu(
   const cpu::Sizes sizes =
       cpu::embed(p.points, check_parts(parts), scratch.data<int64_t>(), slots.data<int16_t>(),
                  weights.data<float>(), entries.data<int16_t>(), first.data<int32_t>());
-  return {sizes.vertices, sizes.listed};
+  return {sizes.vertices, sizes.listed, cpu::chunks_for(sizes.vertices, p.points.dims())};
 }
 
 void permutohedral_finish_cpu(const std::optional<Array>& image,  // as above
@@ -82,7 +82,7 @@ void permutohedral_finish_cpu(const std::optional<Array>& image,  // as above
                               const Array& rows,                  // [V] int32, out
                               const Array& counts,                // [V] int16, out
                               const Array& lines,                 // [d + 1, M] int32, out
-                              const Array& ends,                  // [d + 1] int32, out
+                              const Array& cuts,                  // [d + 1, chunks, 2] int32, out
                               bool interleaved, const std::vector<double>& widths,
                               const std::vector<double>& spatial, int64_t height, int64_t width,
                               int64_t parts) {
@@ -94,10 +94,11 @@ void permutohedral_finish_cpu(const std::optional<Array>& image,  // as above
   expect_output(rows, "rows", Device::kCpu, D::kInt32, rows.shape);
   expect_output(counts, "counts", Device::kCpu, D::kInt16, rows.shape);
   expect_output(lines, "lines", Device::kCpu, D::kInt32, {p.points.dims() + 1, lines.shape[1]});
-  expect_output(ends, "ends", Device::kCpu, D::kInt32, {p.points.dims() + 1});
+  expect_output(cuts, "cuts", Device::kCpu, D::kInt32,
+                {p.points.dims() + 1, cpu::chunks_for(lines.shape[1], p.points.dims()), 2});
   cpu::finish(p.points, {lines.shape[1], rows.shape[0]}, check_parts(parts),
               scratch.data<int64_t>(), rows.data<uint32_t>(), counts.data<int16_t>(),
-              lines.data<uint32_t>(), ends.data<int32_t>());
+              lines.data<uint32_t>(), cuts.data<int32_t>());
 }
 
 // Elements of the scratch of the filter.

@@ -13,7 +13,7 @@ namespace wsis {
 constexpr int64_t kMostPoints = int64_t{1} << 30;
 
 // slots, weights, entries [N, d + 1], first [T + 1], rows, counts [V], lines [d + 1, M],
-// ends [d + 1]; see cpu/permutohedral.h.
+// cuts [d + 1, chunks, 2]; see cpu/permutohedral.h.
 using LatticeArrays = std::vector<Array>;
 
 inline void check_size(int64_t height, int64_t width) {
@@ -39,13 +39,15 @@ inline cpu::Lattice lattice_of(const LatticeArrays& arrays, int64_t height, int6
   expect(arrays[4], "rows", Device::kCpu, {DType::kInt32}, {listed});
   expect(arrays[5], "counts", Device::kCpu, {DType::kInt16}, {listed});
   expect(arrays[6], "lines", Device::kCpu, {DType::kInt32}, arrays[6].shape);
-  expect(arrays[7], "ends", Device::kCpu, {DType::kInt32}, {corners});
+  const int32_t dims = static_cast<int32_t>(corners - 1);
+  expect(arrays[7], "cuts", Device::kCpu, {DType::kInt32},
+         {corners, cpu::chunks_for(arrays[6].shape[1], dims), 2});
   require(arrays[3].data<const int32_t>()[tiles.count()] == listed, "first must end with V");
   return {arrays[0].data<const int16_t>(),  arrays[1].data<const float>(),
           arrays[2].data<const int16_t>(),  arrays[3].data<const int32_t>(),
           arrays[4].data<const uint32_t>(), arrays[5].data<const int16_t>(),
           arrays[6].data<const uint32_t>(), arrays[7].data<const int32_t>(), arrays[6].shape[1],
-          static_cast<int32_t>(corners - 1), tiles};
+          dims, tiles};
 }
 
 // A factor of each pixel, or null.

@@ -3,12 +3,11 @@
 // lattices' tables are blurred. Two tables of a lattice take turns.
 #include "cpu/dense_crf.h"
 
-#include <limits>
 #include <vector>
 
+#include "cpu/dense_crf_update.h"
 #include "cpu/memory.h"
-#include "cpu/permutohedral_rows.h"
-#include "kernels/dense_crf.h"
+#include "cpu/permutohedral_blur.h"
 
 namespace wsis::cpu {
 namespace {
@@ -22,7 +21,7 @@ T* aligned(T* memory) {
 }
 
 struct Memory {
-  int32_t stride, longest = 0, corners = 1;
+  int32_t stride, longest = 0, corners = 0;
   int64_t buffers = 0, buffer = 0, logits = 0, total = 0;
   std::vector<int64_t> tables;             // of each term, the first of two
   std::vector<std::vector<int64_t>> side;  // of each term and part
@@ -32,8 +31,8 @@ struct Memory {
   Memory(const CrfCall& call, bool with_probs) : stride(stride_for(call.labels)), side(call.num_terms) {
     for (int32_t k = 0; k < call.num_terms; ++k) {
       const Lattice& lattice = call.terms[k].lattice;
-      longest = std::max(longest, longest_list(lattice));
-      corners = std::max(corners, lattice.dims + 1);
+      longest += longest_list(lattice);
+      corners += lattice.dims + 1;
     }
     buffers = round_up(int64_t{stride} * call.num_terms);  // after the factors
     buffer = TileBuffers<char>::size(stride, longest, corners);
@@ -55,81 +54,6 @@ struct Memory {
     logits = total;
     if (!with_probs) total += round_up(int64_t{call.height} * call.width * call.labels);
     total += 16;  // to align the first
-  }
-};
-
-// What became of the sums that softmax divides by.
-template <class T>
-struct Sums {
-  T least = std::numeric_limits<T>::max(), most = 0;
-  bool sound() const { return least > T(1e-30) && most < T(1e30); }  // false for NaN, too
-};
-
-// Softmax of the rows of a tile, in place. With kShift a row's largest logit is taken off first; it
-// costs a sixth of the whole walk and is only there to keep the exponentials in range. So in between
-// the first and the last pass logits have the largest of -unary taken off already, and the messages
-// of usual terms do not lead far away from it; the sums tell if they did.
-template <class T, bool kShift>
-struct Softmax {
-  T* rows;
-  int32_t pixels, stride;
-  Sums<T>* sums;
-
-  template <int kBytes>
-  WSIS_INLINE void run() const {
-    using V = RowVector<T, kBytes>;
-    switch (stride) {
-      case 1:
-        return all<T, 1>();
-      case 8:
-        return all<V, 8>();
-      case 16:
-        return all<V, 16>();
-      case 24:
-        return all<V, 24>();
-      default:
-        return all<V, 0>();
-    }
-  }
-
-  // kStride: the stride, or 0 if it is not known; a row that is known stays in registers.
-  template <class V, int kStride>
-  WSIS_INLINE void all() const {
-    constexpr int kStep = kLanes<V, T>;
-    const int32_t vectors = (kStride ? kStride : stride) / kStep;
-    V kept[kStride ? kStride / kStep : 1];
-    V least = V{} + sums->least, largest = V{} + sums->most;
-    T* row = rows;
-    for (int32_t p = 0; p < pixels; ++p, row += vectors * kStep) {
-      V highest{};
-      if constexpr (kShift) {
-        highest = load<V>(row);
-        for (int32_t i = 1; i < vectors; ++i)
-          highest = kernels::larger(highest, load<V>(row + i * kStep));
-        highest = over_lanes(highest, [](V a, V b) WSIS_LAMBDA_INLINE { return a > b ? a : b; });
-      }
-      V sum{};
-      for (int32_t i = 0; i < vectors; ++i) {
-        V v = load<V>(row + i * kStep);
-        v = kShift ? kernels::unnormalised(v, highest) : kernels::exp_moderate(v);
-        if constexpr (kStride != 0)
-          kept[i] = v;
-        else
-          store(row + i * kStep, v);
-        sum += v;
-      }
-      sum = over_lanes(sum, [](V a, V b) WSIS_LAMBDA_INLINE { return a + b; });
-      least = sum >= least ? least : sum;  // a sum that is not a number stays
-      largest = sum > largest ? sum : largest;
-      const V inverse = T(1) / sum;
-      for (int32_t i = 0; i < vectors; ++i)
-        store(row + i * kStep, (kStride ? kept[kStride ? i : 0] : load<V>(row + i * kStep)) * inverse);
-    }
-    T lanes[2][kStep];
-    store(lanes[0], least);
-    store(lanes[1], largest);
-    sums->least = lanes[0][0];
-    sums->most = lanes[1][0];
   }
 };
 
@@ -155,7 +79,8 @@ struct Pass {
 
   template <int kBytes>
   WSIS_INLINE void run() const {
-    memory.stride == 1 ? walk<T>() : walk<RowVector<T, kBytes>>();
+    with_row_vector<T, kBytes>(memory.stride,
+                               [&](auto v) WSIS_LAMBDA_INLINE { walk<decltype(v)>(); });
   }
 
   template <class V>
@@ -175,20 +100,10 @@ struct Pass {
         for (int32_t k = 0; k < call.num_terms; ++k)
           prefetch_rows(call.terms[k].lattice, t + 1, first ? nullptr : sources[k],
                         last ? nullptr : targets[k], stride);
-      load_logits<V>(tile, buffers.pixels);
-      if (!first)
-        for (int32_t k = 0; k < call.num_terms; ++k) {
-          const TileOf of(call.terms[k].lattice, t, tile);
-          const T* weights = weights_of(k, of, tile, call.terms[k].after, buffers.weights);
-          dispatch(SliceTile<T>{of, sources[k], factors + k * stride, weights, stride,
-                                buffers.rows, buffers.pixels});
-        }
-      if (first && start)
-        load_tile<V>(start, tiles, tile, call.labels, stride, T(1), T(0), buffers.pixels);
-      else if (shift)
-        dispatch(Softmax<T, true>{buffers.pixels, tile.pixels(), stride, sums});
+      if (first || last || shift || !Update<T>::serves(stride))
+        slowly<V>(t, tile, buffers);
       else
-        dispatch(Softmax<T, false>{buffers.pixels, tile.pixels(), stride, sums});
+        update<V>(t, tile, buffers);
       if (last)
         write<V>(tile, buffers.pixels);
       else
@@ -199,6 +114,51 @@ struct Pass {
                                 own[k], targets[k], sides[k], &sides[k]});
         }
     }
+  }
+
+  // Any pass.
+  template <class V>
+  WSIS_INLINE void slowly(int64_t t, const Tile& tile, const TileBuffers<T>& buffers) const {
+    const int32_t stride = memory.stride;
+    load_logits<V>(tile, buffers.pixels);
+    if (!first)
+      for (int32_t k = 0; k < call.num_terms; ++k) {
+        const TileOf of(call.terms[k].lattice, t, tile);
+        const T* weights = weights_of(k, of, tile, call.terms[k].after, buffers.weights);
+        dispatch(SliceTile<T>{of, sources[k], factors + k * stride, weights, stride, buffers.rows,
+                              buffers.pixels});
+      }
+    if (first && start)
+      load_tile<V>(start, tiles, tile, call.labels, stride, T(1), T(0), buffers.pixels);
+    else if (shift || first || last)
+      dispatch(Softmax<T, true>{buffers.pixels, tile.pixels(), stride, sums});
+    else
+      dispatch(Softmax<T, false>{buffers.pixels, tile.pixels(), stride, sums});
+  }
+
+  // Passes between the first and the last, for rows that fit in registers.
+  template <class V>
+  WSIS_INLINE void update(int64_t t, const Tile& tile, const TileBuffers<T>& buffers) const {
+    const int32_t stride = memory.stride;
+    Source<T> from[kMostTerms];
+    T *rows = buffers.rows, *weights = buffers.weights;
+    for (int32_t k = 0; k < call.num_terms; ++k) {
+      const TileOf of(call.terms[k].lattice, t, tile);
+      dispatch(CopyRows<T>{of, sources[k], factors + k * stride, stride, rows});
+      from[k] = {of.slots, weights_of(k, of, tile, call.terms[k].after, weights), rows, of.corners};
+      rows += int64_t{of.listed} * stride;
+      weights += kTilePixels * of.corners;
+    }
+    const T* kept = logits + tile.first * call.labels;
+    int32_t pitch = call.labels;
+    // Whole vectors are read: where that would go past the end of the logits, from a copy.
+    if ((tiles.pixels() - tile.first - tile.pixels()) * pitch < stride) {
+      load_logits<V>(tile, buffers.pixels);
+      kept = buffers.pixels;
+      pitch = stride;
+    }
+    dispatch(Update<T>{kept, pitch, call.num_terms, tile.pixels(), stride, from, buffers.pixels,
+                       sums});
   }
 
   // Weights with the factors of a symmetric term were multiplied once for all iterations.
@@ -304,7 +264,7 @@ bool infer(const CrfCall& call, const Memory& memory, bool shift, const T* unary
     const bool last = i == call.iterations, first = i == 0;
     parallel_for(tiles.count(), call.parts, [&](int part, int64_t begin, int64_t end) {
       dispatch(Pass<T>{call, memory, tiles, unary, start, logits, first && call.iterations > 1,
-                       first || last, last, first, shift || first || last, sources, targets,
+                       first || last, last, first, shift, sources, targets,
                        scratch, scratch, probs, bytes, integers, part, begin, end, &sums[part]});
     });
     if (last) break;

@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "cpu/permutohedral_blur.h"
 #include "cpu/permutohedral_rows.h"
 #include "kernels/dense_crf.h"
 
@@ -24,7 +25,8 @@ struct Splat {
 
   template <int kBytes>
   WSIS_INLINE void run() const {
-    stride == 1 ? splat<T>() : splat<RowVector<T, kBytes>>();
+    with_row_vector<T, kBytes>(stride,
+                               [&](auto v) WSIS_LAMBDA_INLINE { splat<decltype(v)>(); });
   }
   template <class V>
   WSIS_INLINE void splat() const {
@@ -54,7 +56,8 @@ struct Slice {
 
   template <int kBytes>
   WSIS_INLINE void run() const {
-    stride == 1 ? slice<T>() : slice<RowVector<T, kBytes>>();
+    with_row_vector<T, kBytes>(stride,
+                               [&](auto v) WSIS_LAMBDA_INLINE { slice<decltype(v)>(); });
   }
   template <class V>
   WSIS_INLINE void slice() const {

@@ -25,6 +25,18 @@ struct Points {
 // First and last bit of a number that stands for a vertex or an entry.
 constexpr uint32_t kFlag = 1u << 31;
 
+// The axes in one or two halves, [half_begin(h), half_begin(h + 1)), and the number of chunks that
+// lines along each of them come in, see permutohedral_vertices.h.
+inline int axis_halves(int32_t dims) { return dims < 3 ? 1 : 2; }
+inline int half_begin(int half, int32_t dims) {
+  return half == 0 ? 0 : half == axis_halves(dims) ? dims + 1 : (dims + 1) / 2;
+}
+inline int32_t chunks_for(int64_t vertices, int32_t dims) {
+  int32_t chunks = 1;
+  while (dims >= 3 && chunks < 1 << 16 && vertices / chunks > 1024) chunks *= 2;
+  return chunks;
+}
+
 struct Lattice {
   const int16_t* slots;     // [N, d + 1]: the corner's place in the vertex list of its tile
   const float* weights;     // [N, d + 1]
@@ -34,7 +46,7 @@ struct Lattice {
   const int16_t* counts;    // [V]: entries of each, in falling order within a tile
   const uint32_t* lines;    // [d + 1, M]: vertices along each axis; kFlag: no neighbour before it.
                             // Those without any neighbour are left out.
-  const int32_t* ends;      // [d + 1]: how many of a row of `lines` there are
+  const int32_t* cuts;      // [d + 1, chunks, 2]: where in its row of `lines` a chunk begins and ends
   int64_t vertices;
   int32_t dims;
   Tiles tiles;
@@ -53,7 +65,7 @@ Sizes embed(const Points& points, int32_t parts, int64_t* scratch, int16_t* slot
 
 // The rest, once M and V are known, from the same scratch.
 void finish(const Points& points, Sizes sizes, int32_t parts, int64_t* scratch, uint32_t* rows,
-            int16_t* counts, uint32_t* lines, int32_t* ends);
+            int16_t* counts, uint32_t* lines, int32_t* cuts);
 
 struct FilterCall {
   int32_t channels;

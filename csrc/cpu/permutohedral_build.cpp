@@ -11,54 +11,14 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
-#include <cstring>
 #include <limits>
 #include <type_traits>
 
-#include "cpu/parallel.h"
-#include "cpu/permutohedral.h"
+#include "cpu/permutohedral_vertices.h"
 #include "cpu/simd.h"
 
 namespace wsis::cpu {
 namespace {
-
-using kernels::KeyLayout;
-using kernels::kMaxDims;
-
-#if defined(__SIZEOF_INT128__)
-using WideKey = unsigned __int128;
-#else
-using WideKey = uint64_t;
-#endif
-
-// ---- memory ------------------------------------------------------------------------------------
-
-template <class Key>
-struct Scratch {
-  Key* listed;      // vertex lists of the tiles, later the successor of each vertex along an axis
-  Key* keys;        // of the vertices
-  uint32_t* rows;   // as in Lattice
-  int16_t* counts;  // as in Lattice
-  uint32_t* table;  // open addressing: number of a vertex plus 1, or 0
-  int64_t capacity;
-
-  Scratch(int64_t* memory, int64_t corners) {
-    constexpr int64_t kWords = sizeof(Key) / 8;
-    const auto aligned = (reinterpret_cast<uintptr_t>(memory) + 15) / 16 * 16;
-    listed = reinterpret_cast<Key*>(aligned);
-    keys = listed + corners;
-    int64_t* rest = reinterpret_cast<int64_t*>(aligned) + 2 * kWords * corners;
-    rows = reinterpret_cast<uint32_t*>(rest);
-    counts = reinterpret_cast<int16_t*>(rest + (corners + 1) / 2);
-    table = reinterpret_cast<uint32_t*>(rest + (corners + 1) / 2 + (corners + 3) / 4);
-    capacity = capacity_for(corners);
-  }
-  static int64_t capacity_for(int64_t corners) {
-    int64_t capacity = 4096;
-    while (capacity <= 2 * corners) capacity *= 2;
-    return capacity;
-  }
-};
 
 // ---- features ----------------------------------------------------------------------------------
 
@@ -247,86 +207,7 @@ struct EmbedTiles {
   }
 };
 
-// ---- vertices of the image ---------------------------------------------------------------------
-
-template <class Key>
-struct Table {
-  uint32_t* places;
-  int bits = 12;
-
-  uint64_t home(Key key) const { return kernels::mix(key) >> (64 - bits); }
-  // The place of a key, or the empty one where it belongs.
-  uint32_t& find(Key key, const Key* keys) const {
-    const uint64_t mask = (uint64_t{1} << bits) - 1;
-    uint64_t at = home(key);
-    while (places[at] && keys[places[at] - 1] != key) at = (at + 1) & mask;
-    return places[at];
-  }
-  void clear() { std::memset(places, 0, sizeof(uint32_t) << bits); }
-  static int bits_for(int64_t vertices) {
-    int bits = 12;
-    while ((int64_t{1} << bits) < 2 * vertices) ++bits;
-    return bits;
-  }
-};
-
-// Moves the lists of the parts together and numbers their vertices; returns M.
-template <class Key>
-int64_t number(const int32_t* first, int64_t num_tiles, int32_t parts, const Tiles& tiles, int dims,
-               Scratch<Key>& scratch) {
-  Table<Key> table{scratch.table};
-  table.clear();
-  int64_t vertices = 0, to = 0;
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t begin = num_tiles * part / parts, end = num_tiles * (part + 1) / parts;
-    if (begin == end) continue;
-    int64_t from = tiles[begin].first * (dims + 1);
-    for (const int64_t stop = from + first[end] - first[begin]; from < stop; ++from, ++to) {
-      const Key key = scratch.listed[from];
-      uint32_t* place = &table.find(key, scratch.keys);
-      scratch.rows[to] = *place - 1;
-      scratch.counts[to] = scratch.counts[from];
-      if (*place) continue;
-      scratch.keys[vertices] = key;
-      scratch.rows[to] = static_cast<uint32_t>(vertices) | kFlag;
-      *place = static_cast<uint32_t>(++vertices);
-      if (2 * vertices < int64_t{1} << table.bits) continue;
-      ++table.bits;
-      table.clear();
-      for (int64_t v = 0; v < vertices; ++v)
-        table.find(scratch.keys[v], scratch.keys) = static_cast<uint32_t>(v + 1);
-    }
-  }
-  return vertices;
-}
-
-template <class Key>
-void find_lines(const KeyLayout<Key>& layout, int64_t vertices, int32_t parts,
-                Scratch<Key>& scratch, uint32_t* lines, int32_t* ends) {
-  const Table<Key> table{scratch.table, Table<Key>::bits_for(vertices + 1)};
-  uint32_t* next = reinterpret_cast<uint32_t*>(scratch.listed);  // number plus 1, or 0
-  uint8_t* follows = reinterpret_cast<uint8_t*>(next + vertices);
-  constexpr int64_t kAhead = 8;
-  for (int axis = 0; axis <= layout.dims; ++axis, lines += vertices) {
-    const Key step = layout.step(axis);
-    std::memset(follows, 0, vertices);
-    parallel_for(vertices, parts, [&](int, int64_t begin, int64_t end) {
-      for (int64_t v = begin; v < end; ++v) {
-        if (v + kAhead < vertices)
-          __builtin_prefetch(&table.places[table.home(scratch.keys[v + kAhead] + step)]);
-        next[v] = table.find(scratch.keys[v] + step, scratch.keys);
-        if (next[v]) follows[next[v] - 1] = 1;  // of one vertex only
-      }
-    });
-    int64_t to = 0;
-    for (int64_t v = 0; v < vertices; ++v) {
-      if (follows[v] || !next[v]) continue;
-      lines[to++] = static_cast<uint32_t>(v) | kFlag;
-      for (uint32_t at = next[v]; at; at = next[at - 1]) lines[to++] = at - 1;
-    }
-    ends[axis] = static_cast<int32_t>(to);
-  }
-}
+// ---- all of it ---------------------------------------------------------------------------------
 
 // Calls body(layout) with keys that are wide enough; false where float cannot count coordinates.
 template <class Body>
@@ -349,10 +230,7 @@ bool with_keys(const Points& points, Body body) {
 }  // namespace
 
 int64_t lattice_scratch_size(int64_t pixels, int32_t dims) {
-  const int64_t corners = pixels * (dims + 1);
-  constexpr int64_t kWords = sizeof(WideKey) / 8;
-  return 2 + 2 * kWords * corners + (corners + 1) / 2 + (corners + 3) / 4 +
-         Scratch<uint64_t>::capacity_for(corners) / 2;
+  return Scratch<uint64_t>::size(pixels * (dims + 1));
 }
 
 Sizes embed(const Points& points, int32_t parts, int64_t* memory, int16_t* slots, float* weights,
@@ -394,13 +272,13 @@ Sizes embed(const Points& points, int32_t parts, int64_t* memory, int16_t* slots
 }
 
 void finish(const Points& points, Sizes sizes, int32_t parts, int64_t* memory, uint32_t* rows,
-            int16_t* counts, uint32_t* lines, int32_t* ends) {
+            int16_t* counts, uint32_t* lines, int32_t* cuts) {
   with_keys(points, [&](const auto& layout) {
     using Key = std::remove_const_t<std::remove_reference_t<decltype(layout.ones)>>;
     Scratch<Key> scratch(memory, int64_t{points.height} * points.width * (points.dims() + 1));
     std::memcpy(rows, scratch.rows, sizes.listed * sizeof(uint32_t));
     std::memcpy(counts, scratch.counts, sizes.listed * sizeof(int16_t));
-    find_lines(layout, sizes.vertices, parts, scratch, lines, ends);
+    find_lines(layout, sizes.vertices, parts, scratch, lines, cuts);
   });
 }
 

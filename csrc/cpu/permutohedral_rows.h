@@ -157,6 +157,33 @@ WSIS_INLINE const T* load_weights(const TileOf& of, const Tiles& tiles, const Ti
 // The two directions are functors of their own, called once per tile: inlined into one function,
 // their loops would run out of registers for addresses.
 
+// Some channels of a tile's rows, times factors [stride].
+template <class Row, class T>
+WSIS_INLINE void copy_rows(Row factor, const TileOf& of, const T* table, const T* factors,
+                           int32_t stride, int32_t at, T* rows) {
+  factor.read(factors + at);
+  const uint32_t* row = of.rows;
+  T* to = rows + at;
+  for (const uint32_t* end = row + of.listed; row != end; ++row, to += stride) {
+    const T* from = table + int64_t{*row & ~kFlag} * stride + at;
+    factor.write_product(to, from);
+  }
+}
+template <class T>
+struct CopyRows {
+  const TileOf& of;
+  const T *table, *factors;
+  int32_t stride;
+  T* rows;
+
+  template <int kBytes>
+  WSIS_INLINE void run() const {
+    for_pieces<T, kBytes>(stride, [&](auto piece, int32_t at) WSIS_LAMBDA_INLINE {
+      copy_rows(piece, of, table, factors, stride, at, rows);
+    });
+  }
+};
+
 // pixels += slice of the table, whose channels are multiplied with factors [stride].
 template <class T>
 struct SliceTile {
@@ -168,7 +195,7 @@ struct SliceTile {
   template <int kBytes>
   WSIS_INLINE void run() const {
     for_pieces<T, kBytes>(stride, [&](auto piece, int32_t at) WSIS_LAMBDA_INLINE {
-      copy_rows(piece, at);
+      copy_rows(piece, of, table, factors, stride, at, rows);
       if (of.corners == 3)
         add_rows<3>(piece, at);
       else if (of.corners == 6)
@@ -178,26 +205,16 @@ struct SliceTile {
     });
   }
 
-  template <class Row>
-  WSIS_INLINE void copy_rows(Row factor, int32_t at) const {
-    factor.read(factors + at);
-    const uint32_t* row = of.rows;
-    T* to = rows + at;
-    for (const uint32_t* end = row + of.listed; row != end; ++row, to += stride) {
-      const T* from = table + int64_t{*row & ~kFlag} * stride + at;
-      factor.write_product(to, from);
-    }
-  }
-
   template <int kCorners, class Row>
   WSIS_INLINE void add_rows(Row sum, int32_t at) const {
     const int32_t corners = kCorners ? kCorners : of.corners;
+    const int32_t step = stride;
     const int16_t* slot = of.slots;
     const T *weight = weights, *base = rows + at;
     T* to = pixels + at;
-    for (int32_t p = of.pixels; p > 0; --p, to += stride, slot += corners, weight += corners) {
+    for (int32_t p = of.pixels; p > 0; --p, to += step, slot += corners, weight += corners) {
       sum.read(to);
-      for (int32_t r = 0; r < corners; ++r) sum.add(base + slot[r] * stride, weight[r]);
+      for (int32_t r = 0; r < corners; ++r) sum.add(base + slot[r] * step, weight[r]);
       sum.write(to);
     }
   }
@@ -224,31 +241,34 @@ struct SplatTile {
 
   template <bool kAllOwn, class Row>
   WSIS_INLINE void add(Row sum, int32_t at) const {
-    const T* values = pixels + at;
-    const int16_t* entry = of.entries;
-    T* aside_at = side + at;
+    // Copies, as the compiler has to assume that a row that is written may be one of these.
+    const int16_t *entry = of.entries, *counts = of.counts;
+    const uint32_t* rows = of.rows;
+    const int32_t *offset = offsets, listed = of.listed, step = stride;
+    const T *values = pixels + at, *weight = weights;
+    T *aside_at = side + at, *base = table + at;
     Row other;
-    for (int32_t v = 0; v < of.listed; ++v) {
+    for (int32_t v = 0; v < listed; ++v) {
       sum.clear();
       other.clear();
-      int32_t count = of.counts[v];
+      int32_t count = counts[v];
       if (count & 1) {
-        sum.add(values + offsets[*entry], weights[*entry]);
+        sum.add(values + offset[*entry], weight[*entry]);
         ++entry;
       }
       for (count >>= 1; count > 0; --count, entry += 2) {  // two sums: neither waits for the other
-        sum.add(values + offsets[entry[0]], weights[entry[0]]);
-        other.add(values + offsets[entry[1]], weights[entry[1]]);
+        sum.add(values + offset[entry[0]], weight[entry[0]]);
+        other.add(values + offset[entry[1]], weight[entry[1]]);
       }
       sum.add(other);
-      const uint32_t row = of.rows[v];
+      const uint32_t row = rows[v];
       if (!kAllOwn && (row & ~kFlag) < own) {
         sum.write(aside_at);
-        aside_at += stride;
+        aside_at += step;
         continue;
       }
       // Masked, not branched over: nobody could predict it.
-      T* to = table + int64_t{row & ~kFlag} * stride + at;
+      T* to = base + int64_t{row & ~kFlag} * step;
       sum.add_if(to, ~(static_cast<int32_t>(row) >> 31));
       sum.write(to);
     }
@@ -299,69 +319,6 @@ void add_aside(const Lattice& lattice, int32_t stride, const std::vector<const T
       }
     }
   });
-}
-
-// ---- blur --------------------------------------------------------------------------------------
-
-// v + (previous + next) / 2 along lines of vertices, in place: every row is read and written once.
-template <class T>
-struct BlurLines {
-  T* table;
-  int32_t stride;
-  const uint32_t* lines;
-  int64_t begin, end;
-
-  template <int kBytes>
-  WSIS_INLINE void run() const {
-    for_pieces<T, kBytes>(
-        stride, [&](auto piece, int32_t at) WSIS_LAMBDA_INLINE { blur(piece, table + at); });
-  }
-
-  template <class Row>
-  WSIS_INLINE void blur(Row before, T* base) const {
-    constexpr int64_t kAhead = 12;
-    Row here, next;
-    T* to = base + int64_t{lines[begin] & ~kFlag} * stride;
-    before.clear();
-    here.read(to);
-    for (int64_t i = begin; i < end; ++i) {
-      // The next vertex in memory; it counts if it continues the line.
-      const uint32_t line = i + 1 < end ? lines[i + 1] : lines[i] | kFlag;
-      T* from = base + int64_t{line & ~kFlag} * stride;
-      const auto same = ~(static_cast<int32_t>(line) >> 31);
-      if (i + kAhead < end) {
-        const T* later = base + int64_t{lines[i + kAhead] & ~kFlag} * stride;
-        __builtin_prefetch(later, 1);
-        __builtin_prefetch(later + 64 / sizeof(T), 1);
-      }
-      next.read(from);
-      before.add_if(from, same);
-      before.scale(T(0.5));
-      before.add(here);
-      before.write(to);
-      before = here;
-      before.keep_if(same);
-      here = next;
-      to = from;
-    }
-  }
-};
-
-template <class T>
-void blur(const Lattice& lattice, int32_t stride, bool reverse, int32_t parts, T* table) {
-  for (int32_t i = 0; i <= lattice.dims; ++i) {
-    const int32_t axis = reverse ? lattice.dims - i : i;
-    const uint32_t* lines = lattice.lines + axis * lattice.vertices;
-    const int64_t count = lattice.ends[axis];
-    // Starting a thread costs more than blurring some thousand rows.
-    const int64_t most = 1 + count * stride / (1 << 17);
-    parallel_for(count, static_cast<int>(std::min<int64_t>(parts, most)),
-                 [&](int, int64_t begin, int64_t end) {
-                   while (begin < end && !(lines[begin] & kFlag)) ++begin;  // whole lines
-                   while (end < count && !(lines[end] & kFlag)) ++end;
-                   if (begin < end) dispatch(BlurLines<T>{table, stride, lines, begin, end});
-                 });
-  }
 }
 
 }  // namespace wsis::cpu

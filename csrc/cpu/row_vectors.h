@@ -1,6 +1,6 @@
 // Rows of channels in vector registers.
 //
-// A row of `stride` channels is 1 channel, or a multiple of 8: whole vectors. They are at most 32
+// A row of `stride` channels is 1 channel, 4, or a multiple of 8: whole vectors. They are at most 32
 // bytes wide: reading rows is limited by the bytes that the first-level cache delivers, which wider
 // registers do not raise on the machines at hand, and 21 labels would be 32 channels instead of 24.
 #pragma once
@@ -14,7 +14,9 @@
 
 namespace wsis::cpu {
 
-inline int32_t stride_for(int32_t channels) { return channels == 1 ? 1 : (channels + 7) / 8 * 8; }
+inline int32_t stride_for(int32_t channels) {
+  return channels == 1 ? 1 : channels <= 4 ? 4 : (channels + 7) / 8 * 8;
+}
 
 template <class V, class T>
 constexpr int kLanes = static_cast<int>(sizeof(V) / sizeof(T));
@@ -86,9 +88,19 @@ WSIS_INLINE void transpose(V* rows) {
 #undef WSIS_SHUFFLE
 }
 
-// The vectors of rows, and those that turn planes into rows.
+// The vectors of rows, and those that turn planes into rows: of long ones, and of 4 channels.
 template <class T, int kBytes>
 using RowVector = Vector<T, (kBytes < 32 ? kBytes : 32)>;
+template <class T, int kBytes>
+using ShortVector = Vector<T, (kBytes < 4 * sizeof(T) ? kBytes : 4 * sizeof(T))>;
+
+// Calls body(V{}) with the vectors of a stride.
+template <class T, int kBytes, class Body>
+WSIS_INLINE void with_row_vector(int32_t stride, Body body) {
+  if (stride == 1) return body(T{});
+  if (stride == 4) return body(ShortVector<T, kBytes>{});
+  body(RowVector<T, kBytes>{});
+}
 
 // kCount neighbouring vectors of a row, in registers.
 template <class T, class V, int kCount>
@@ -119,6 +131,10 @@ struct Piece {
     const BitsOf<V, T> mask = BitsOf<V, T>{} + keep;
     for (int i = 0; i < kCount; ++i) part[i] += masked(load<V>(from + i * kStep), mask);
   }
+  WSIS_INLINE void add_if(const Piece& other, IntegerLike<T> keep) {
+    const BitsOf<V, T> mask = BitsOf<V, T>{} + keep;
+    for (int i = 0; i < kCount; ++i) part[i] += masked(other.part[i], mask);
+  }
   WSIS_INLINE void keep_if(IntegerLike<T> keep) {
     const BitsOf<V, T> mask = BitsOf<V, T>{} + keep;
     for (V& v : part) v = masked(v, mask);
@@ -133,6 +149,10 @@ template <class T, int kBytes, class Body>
 WSIS_INLINE void for_pieces(int32_t stride, Body body) {
   constexpr int kMost = 4;
   if (stride == 1) return body(Piece<T, T, 1>{}, 0);
+  if (stride == 4) {
+    using Short = ShortVector<T, kBytes>;
+    return body(Piece<T, Short, 4 / kLanes<Short, T>>{}, 0);
+  }
   using V = RowVector<T, kBytes>;
   int32_t first = 0, vectors = stride / kLanes<V, T>;
   for (; vectors > kMost; vectors -= kMost, first += kMost * kLanes<V, T>)

@@ -158,24 +158,26 @@ WSIS_HD int make_layout(const float* low, const float* high, int dims, KeyLayout
   return bits;
 }
 
+// SplitMix64 (Steele, Lea, Flood 2014).
+inline uint64_t next_random(uint64_t* state) {
+  uint64_t z = *state += 0x9e3779b97f4a7c15;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+  return z ^ (z >> 31);
+}
+
 // Keys of any dimension and range: coordinates times random odd numbers, added up. Two vertices
 // among M share a key with a probability of M^2 / 2^128, which is never (2^64: one in 10^7 images,
 // where the compiler has no wider integer). Steps between vertices are differences of keys as above.
 template <class Key>
 void make_random_layout(int dims, KeyLayout<Key>* layout) {
   uint64_t state = 0;
-  const auto random = [&state] {  // SplitMix64 (Steele, Lea, Flood 2014)
-    uint64_t z = state += 0x9e3779b97f4a7c15;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-    return z ^ (z >> 31);
-  };
   layout->dims = dims;
   layout->ones = 0;
   for (int i = 0; i <= dims; ++i) {
     Key unit = 0;
     for (size_t word = 0; word < sizeof(Key) / 8; ++word)
-      unit |= static_cast<Key>(random() | (word == 0)) << (64 * word % (8 * sizeof(Key)));
+      unit |= static_cast<Key>(next_random(&state) | (word == 0)) << (64 * word % (8 * sizeof(Key)));
     layout->unit[i] = i < dims ? unit : 0;
     if (i < dims) layout->bias[i] = layout->shift[i] = 0;
     layout->ones += layout->unit[i];

@@ -82,6 +82,22 @@ def test_any_number_of_channels(channels):
     check((rng.random((3, 90)) * 4).astype(np.float32), channels)
 
 
+@pytest.mark.parametrize(("d", "spread"), [(3, 14), (4, 7), (5, 5)])
+def test_lines_in_many_chunks(d, spread):
+    """Thousands of vertices with neighbours: the blur takes them in several chunks."""
+    features = (np.random.default_rng(d).random((d, 900)) * spread).astype(np.float32)
+    lattice = _lattice.build(features[None], np.empty)
+    assert lattice.images[0][7].shape[1] > 1
+    check(features, 2)
+    for threads in (2, 3):
+        again = _lattice.build(features[None], np.empty, threads=threads).images[0]
+        for one, other in zip(lattice.images[0][:6], again[:6], strict=True):
+            assert np.array_equal(one, other)
+        values = np.random.default_rng(0).random((1, 9, 900), np.float32)
+        out = [_lattice.filter(lattice, values, np.empty, threads=n) for n in (1, threads)]
+        assert np.array_equal(*out)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     d=st.integers(1, 7),
@@ -152,13 +168,14 @@ def test_one_lattice_serves_a_batch():
 def test_sizes_follow_the_vertices():
     """Per pixel: one place, entry and weight a corner. Everything else is as long as M or V."""
     lattice = gaussian_lattice((40, 48), 5)
-    slots, weights, entries, first, rows, counts, lines, ends = lattice.images[0]
+    slots, weights, entries, first, rows, counts, lines, cuts = lattice.images[0]
     (vertices,) = lattice.vertices
     assert slots.shape == weights.shape == entries.shape == (40 * 48, 3)
     assert len(first) == 30 + 1
     assert len(rows) == len(counts) == first[-1] < 40 * 48 // 4
     assert lines.shape == (3, vertices)
-    assert ends.max() <= vertices < 40 * 48 // 8
+    assert cuts.shape == (3, 1, 2)
+    assert cuts.max() <= vertices < 40 * 48 // 8
     assert counts.sum() == 40 * 48 * 3
 
 

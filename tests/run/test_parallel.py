@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -37,7 +38,11 @@ WORKER = """
 
 
 def train(processes, config, out):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    launch.append(f"--nproc_per_node={processes}")
     (out.parent / "worker.py").write_text(textwrap.dedent(WORKER))
     command = [sys.executable, *launch, str(out.parent / "worker.py"), str(config), str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -88,8 +89,12 @@ def launch(arguments: list[str], processes: int) -> int:
     """
     if "RANK" in os.environ:
         raise InputError("--gpus starts processes itself; leave it out under torchrun")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={processes}", "-m", "wsis", *arguments]
+    # By address: names of containers often do not resolve, which --standalone needs.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--master_addr=127.0.0.1"]
+    command += [f"--master_port={port}", f"--nproc_per_node={processes}", "-m", "wsis", *arguments]
     # Threads are shared out: torchrun would set one, which is right for GPUs only.
     share = max(1, (os.cpu_count() or 1) // processes)
     environment = {"OMP_NUM_THREADS": str(share), **os.environ}

@@ -102,16 +102,16 @@ def batches(way, dataset):
         )
         return lambda: sum(len(images) for images, _ in loader)
     loader = make_loader(
-        {"wsis": "torch", "wsis_dali_cpu": "dali"}[way], dataset, batch_size=BATCH, crop=CROP,
+        {"wsis": "torch", "wsis_by_dali_cpu": "dali"}[way], dataset, batch_size=BATCH, crop=CROP,
         resize_long=RANGE, flip=0.5, jitter=JITTER, mean=MEAN, std=STD, seed=1,
     )  # fmt: skip
     return lambda: sum(len(batch.image) for batch in loader.epoch(0))
 
 
-@pytest.mark.parametrize("way", ["wsis", "loop", "wsis_dali_cpu"])
+@pytest.mark.parametrize("way", ["wsis", "loop", "wsis_by_dali_cpu"])
 @pytest.mark.benchmark(timer=time.process_time)
 def test_loader(benchmark, photographs, way):
-    if way == "wsis_dali_cpu":
+    if way == "wsis_by_dali_cpu":
         pytest.importorskip("nvidia.dali")
     torch.set_num_threads(1)
     dataset, title = photographs

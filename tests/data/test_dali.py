@@ -184,7 +184,7 @@ def test_a_resumed_epoch_is_the_tail_of_the_straight_one(photos):
 def test_an_abandoned_epoch_leaves_nothing_behind(photos, workers):
     loader = DaliLoader(photos, workers=workers, **USUAL)
     straight = list(loader.epoch(1))
-    for count in (0, 1, 2, 5):
+    for count in (1, 2, 5):
         abandoned = loader.epoch(0)
         for _ in range(count):
             next(abandoned)
@@ -339,7 +339,7 @@ def test_dali_that_is_not_installed(photos, monkeypatch):
 
 def statistics(loader_class, dataset, count: int, seed: int) -> np.ndarray:
     """`[count, 9]`: what differs between crops, from colours to places."""
-    options = {"crop": 32, "resize_long": (24, 48), "batch_size": 20, "seed": seed}
+    options = {"crop": 16, "resize_long": (12, 24), "batch_size": 20, "seed": seed}
     loader = loader_class(dataset, **USUAL | options)
     rows: list[torch.Tensor] = []
     for epoch in range(count // len(dataset)):
@@ -348,7 +348,7 @@ def statistics(loader_class, dataset, count: int, seed: int) -> np.ndarray:
             area = ((box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2]))[:, None]
             mean = x.sum((2, 3)) / area
             spread = (x.square().sum((2, 3)) / area - mean.square()).clamp(min=0).sqrt()
-            lean = x[..., :16].sum((1, 2, 3)) - x[..., 16:].sum((1, 2, 3))
+            lean = x[..., :8].sum((1, 2, 3)) - x[..., 8:].sum((1, 2, 3))
             rows.append(torch.cat([mean, spread, lean[:, None], area, box[:, :1]], 1))
     return torch.cat(rows).numpy()
 

@@ -12,6 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from wsis.errors import MissingExtraError
+
+try:
+    from PIL import Image
+except ImportError as error:
+    raise MissingExtraError("pillow", "train", "augmenting images") from error
+
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
@@ -30,14 +37,18 @@ def jitter_window(image: np.ndarray, drawn: Draw) -> np.ndarray:
     Returns:
         `[height, width, 3] uint8`, equal to torchvision's adjustments of the Pillow image.
     """
-    whole = drawn.order.index(CONTRAST) + 1 if CONTRAST in drawn.order else 0
     pixels: np.ndarray | Picture = image
-    for k in drawn.order[:whole]:
+    order, level = drawn.order, 0
+    before = order.index(CONTRAST) if CONTRAST in order else 0
+    for k in order[:before]:
         pixels = adjust(pixels, k, drawn.factors[k])
+    if CONTRAST in order:
+        level = _mean_grey(_picture(pixels))
     window = np.asarray(pixels)[drawn.window]
     pixels = np.ascontiguousarray(window[:, ::-1] if drawn.flip else window)
-    for k in drawn.order[whole:]:
-        pixels = adjust(pixels, k, drawn.factors[k])
+    for k in order[before:]:
+        factor = drawn.factors[k]
+        pixels = _toward(pixels, level, factor) if k == CONTRAST else adjust(pixels, k, factor)
     return np.asarray(pixels)
 
 
@@ -56,20 +67,28 @@ def adjust(pixels: np.ndarray | Picture, k: int, factor: float) -> np.ndarray | 
         >>> np.asarray(adjust(np.full((1, 1, 3), 100, np.uint8), BRIGHTNESS, 1.5)).tolist()
         [[[150, 150, 150]]]
     """
-    from PIL import Image
-
     if k == HUE:
         return _shift_hue(np.asarray(pixels), hue_steps(factor))
-    picture = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+    picture = _picture(pixels)
     if k == SATURATION:
-        other = picture.convert("L").convert("RGB")
-    else:
-        level = 0
-        if k == CONTRAST:
-            counts = np.array(picture.convert("L").histogram())
-            level = int(counts @ np.arange(256) / counts.sum() + 0.5)
-        other = Image.new("RGB", picture.size, (level,) * 3)
-    return Image.blend(other, picture, factor)
+        return Image.blend(picture.convert("L").convert("RGB"), picture, factor)
+    return _toward(picture, _mean_grey(picture) if k == CONTRAST else 0, factor)
+
+
+def _picture(pixels: np.ndarray | Picture) -> Picture:
+    return Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+
+
+def _mean_grey(picture: Picture) -> int:
+    counts = np.array(picture.convert("L").histogram())
+    return int(counts @ np.arange(256) / counts.sum() + 0.5)
+
+
+def _toward(pixels: np.ndarray | Picture, level: int, factor: float) -> Picture:
+    """Pillow's blend with one grey level: every value goes where its table says."""
+    ramp = Image.frombytes("L", (256, 1), bytes(range(256)))
+    table = Image.blend(Image.new("L", ramp.size, level), ramp, factor).tobytes()
+    return _picture(pixels).point(list(table) * 3)
 
 
 def hue_steps(turns: float) -> int:
@@ -101,7 +120,7 @@ def _shift_hue(image: np.ndarray, steps: int) -> np.ndarray:
 
 def _join(*parts: np.ndarray) -> np.ndarray:
     """8-bit values to one index, the first the highest."""
-    index = parts[0].astype(np.intp)
+    index = parts[0].astype(np.uint16 if len(parts) == 2 else np.uint32)
     for part in parts[1:]:
         index <<= 8
         index |= part

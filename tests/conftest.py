@@ -105,6 +105,18 @@ def shared_data() -> Path:
     return SHARED / "data"
 
 
+def pytest_sessionfinish(session) -> None:
+    """A worker of pytest-xdist tells what it compared."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["compared"] = sorted(_compared)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """And its master listens."""
+    _compared.update(getattr(node, "workeroutput", {}).get("compared", ()))
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """Say how many golden files were really compared."""
     terminalreporter.write_line(f"golden files compared: {len(_compared)}")

@@ -20,6 +20,7 @@ streams, errors of the runtime.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -29,8 +30,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -122,6 +124,14 @@ def _compile(source: Path, text: str, flavour: str, overlay: dict[Path, str]) ->
     return target
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process compiles at a time: the next finds what it needs."""
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @cache
 def build(flavour: str = "fibers", edits: tuple[tuple[str, str, str], ...] = ()) -> Path:
     """Compiles csrc for the host and returns the path of the module.
@@ -144,7 +154,7 @@ def build(flavour: str = "fibers", edits: tuple[tuple[str, str, str], ...] = ())
         before = into.get(file) or file.read_text()
         assert before.count(old) == 1, f"{name}: {old!r} must occur exactly once"
         into[file] = before.replace(old, new)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda s: _compile(s, texts[s], flavour, overlay), sources))
     key = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:20]
     module = CACHE / f"_C-{flavour}-{key}.so"

@@ -165,14 +165,19 @@ def draw(
         (0, 64)
     """
     scale = _randint(rng, *resize_long) / max(size)
-    resized = tuple(max(1, round(side * scale)) for side in size)
+    height, width = (max(1, round(side * scale)) for side in size)
     mirrored = _uniform(rng, 0, 1) < flip
     *ratios, hue = jitter
-    factors = [_uniform(rng, max(0.0, 1 - ratio), 1 + ratio) for ratio in ratios]
-    factors.append(_uniform(rng, -hue, hue))
-    order = tuple(k for k in torch.randperm(4, generator=rng).tolist() if jitter[k] > 0)
-    place = tuple(_place(rng, side, crop) for side in resized)
-    return Draw(resized, mirrored, tuple(factors), order, place)
+    brightness, contrast, saturation = (
+        _uniform(rng, max(0.0, 1 - ratio), 1 + ratio) for ratio in ratios
+    )
+    return Draw(
+        size=(height, width),
+        flip=mirrored,
+        factors=(brightness, contrast, saturation, _uniform(rng, -hue, hue)),
+        order=tuple(k for k in torch.randperm(4, generator=rng).tolist() if jitter[k] > 0),
+        place=(_place(rng, height, crop), _place(rng, width, crop)),
+    )
 
 
 def write_crop(image: Image, drawn: Draw, out: Tensor, mean: Triple, std: Triple) -> None:

@@ -9,14 +9,15 @@ What DALI decodes as Pillow does, 8-bit RGB and grey in JPEG and PNG, goes to it
 is. Everything else (GIF, CMYK, palettes, alpha, 16 bits, generated images) is read by
 `Dataset.image` like for the torch loader, errors included, and handed over as an uncompressed PPM.
 
-On the CPU this loader is there to be tested: DALI's resizing and arithmetic use no wide
-instructions there, and the torch loader is several times as fast (benchmarks/bench_loader.py).
+On the CPU this loader is there to be tested: DALI's bicubic resizing takes several times as long
+there as torchvision's, and its arithmetic makes one pass over memory per sign; the torch loader is
+about four times as fast (benchmarks/bench_loader.py). `auto` therefore takes it on GPUs only.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -97,7 +98,7 @@ class DaliLoader(TrainLoader):
                 self._pipeline.share_outputs()
                 self._pipeline.release_outputs()
 
-    def _prepared(self, epoch: int, order: list[list[int]]) -> Iterator[list[_Sample]]:
+    def _prepared(self, epoch: int, order: list[list[int]]) -> Generator[list[_Sample], None, None]:
         """Read files and drawn augmentation of each batch, two batches ahead with workers."""
         if self.workers == 0:
             for batch in order:
@@ -221,7 +222,7 @@ def encoded(dataset: Dataset, i: int) -> tuple[np.ndarray, tuple[int, int]]:
 def _plain_size(file: np.ndarray) -> tuple[int, int] | None:
     """Height and width of an 8-bit RGB or grey JPEG or PNG; None for everything else."""
     try:
-        with Image.open(io.BytesIO(file)) as image:
+        with Image.open(io.BytesIO(file.data)) as image:
             deep = image.format == "PNG" and file[_PNG_DEPTH] != 8
             plain = image.format in ("JPEG", "PNG") and image.mode in ("RGB", "L") and not deep
             plain = plain and "transparency" not in image.info

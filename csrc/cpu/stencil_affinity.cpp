@@ -99,7 +99,6 @@ void pair_affinity_backward(const T* gradient, const T* features, const T* affin
     for (int64_t i = begin; i < end; ++i) scratch[i] = gradient[i] * affinity[i] * share;
   });
   const auto channels = [&](int, int64_t begin, int64_t end) WSIS_INLINE_LAMBDA {
-    T handed[kBlock];
     for (int64_t plane = begin; plane < end; ++plane) {
       const T* f = features + plane * pixels;
       const T* h = scratch + plane / call.channels * call.planes * pixels;
@@ -111,17 +110,25 @@ void pair_affinity_backward(const T* gradient, const T* features, const T* affin
           const int64_t row = int64_t{y} * call.width;
           const int64_t away = int64_t{call.offsets.dy[k]} * call.width + call.offsets.dx[k];
           const T* from = h + call.offsets.plane[k] * pixels + row;
-          for (int32_t left = reach.low; left < reach.high; left += kBlock) {
-            const int32_t count = std::min(kBlock, reach.high - left);
-            const T* a = f + row + left;
-            const T* z = a + away;
-            T* own = to + row + left;
-            T* other = own + away;
-            for (int32_t x = 0; x < count; ++x)
-              handed[x] = kernels::toward(from[left + x], a[x] - z[x]);
-            for (int32_t x = 0; x < count; ++x) own[x] += handed[x];
-            for (int32_t x = 0; x < count; ++x) other[x] -= handed[x];
+          const int32_t count = reach.high - reach.low;
+          const T* a = f + row + reach.low;
+          const T* z = a + away;
+          T* own = to + row + reach.low;
+          T* other = own + away;
+          if (call.offsets.dy[k] != 0) {
+            // Two rows, so nothing that is written is read.
+#pragma GCC ivdep
+            for (int32_t x = 0; x < count; ++x) {
+              const T handed = kernels::toward(from[reach.low + x], a[x] - z[x]);
+              own[x] += handed;
+              other[x] -= handed;
+            }
+            continue;
           }
+          for (int32_t x = 0; x < count; ++x)
+            own[x] += kernels::toward(from[reach.low + x], a[x] - z[x]);
+          for (int32_t x = 0; x < count; ++x)
+            other[x] -= kernels::toward(from[reach.low + x], a[x] - z[x]);
         }
     }
   };

@@ -13,9 +13,12 @@
 namespace wsis::kernels {
 
 // What a pair hands on to one channel; h is -g a / channels. 0 at 0 as in torch, not a number for one.
+// All cases are computed before one is taken, or loops over it would have branches.
 template <class T>
 WSIS_HD T toward(T h, T difference) {
-  return difference > T(0) ? h : difference < T(0) ? -h : h * difference;
+  const T opposite = -h, none = h * difference;
+  const T other = difference < T(0) ? opposite : none;
+  return difference > T(0) ? h : other;
 }
 
 // The pixels on the path of an offset, dy >= 0: those of the rectangle between both ends that are

@@ -328,7 +328,7 @@ MORE_FAULTS = {
     "power": (SHARED, "if (exponent % 2 == 1) result *= a;", "result *= a;"),
     "next term": (SHARED, "(change + change)", "change"),
     "share of a channel": (AFFINITY, "T(-1) / static_cast<T>(channels)", "T(-1)"),
-    "slope at equal values": (PATHS, "difference < T(0) ? -h", "difference <= T(0) ? -h"),
+    "slope at equal values": (PATHS, "difference < T(0) ?", "difference <= T(0) ?"),
     "width of a path": (PATHS, "off * off < dy * dy + dx * dx", "off * off <= dy * dy + dx * dx"),
     "order of a path": (PATHS, "for (int32_t sum = dy + across; sum >= 0; --sum)",
                         "for (int32_t sum = 0; sum <= dy + across; ++sum)"),

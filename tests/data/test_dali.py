@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -254,44 +255,83 @@ def test_odd_files_are_read_as_pillow_reads_them(tmp_path):
 
 
 def bad_files(folder) -> dict[str, bytes]:
-    whole, scratch = jpeg(photo(90, 70), folder / "scratch"), folder / "scratch"
-    photo(90, 70).save(scratch, "PNG")
-    png = scratch.read_bytes()
-    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 99).save(scratch, "PNG")
-    deep = scratch.read_bytes()
-    start = png.index(b"IDAT") + 4
+    """Files that must end a run, with their names."""
+    image, scratch = photo(90, 70), folder / "scratch"
+
+    def as_bytes(picture: Image.Image, kind: str) -> bytes:
+        picture.save(scratch, kind)
+        return scratch.read_bytes()
+
+    jpg, png, gif, bmp = (as_bytes(image, kind) for kind in ("JPEG", "PNG", "GIF", "BMP"))
+    data = png.index(b"IDAT") + 4
+    size = png.index(b"IHDR") + 4
+    bomb = png[:size] + (50_000).to_bytes(4, "big") * 2 + png[size + 8 : size + 13]
+    bomb += zlib.crc32(bomb[size - 4 :]).to_bytes(4, "big") + png[size + 17 :]
+    numbers = np.arange(600).reshape(20, 30)
     return {
-        "truncated.jpg": whole[: len(whole) // 2],
-        "header_only.jpg": whole[:20],
+        "truncated.jpg": jpg[: len(jpg) // 2],
+        "header.jpg": jpg[:20],
         "empty.jpg": b"",
         "html.jpg": b"<!doctype html><title>404</title>",
+        "svg.jpg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
         "zeros.jpg": bytes(5000),
         "truncated.png": png[: len(png) // 2],
-        "filter.png": png[:start] + bytes(20) + png[start + 20 :],
-        "deep.png": deep,
+        "filter.png": png[:data] + bytes(20) + png[data + 20 :],
+        "bomb.png": bomb,
+        "deep.png": as_bytes(Image.fromarray(numbers.astype(np.uint16)), "PNG"),
+        "float.tiff": as_bytes(Image.fromarray(numbers.astype(np.float32)), "TIFF"),
+        "truncated.gif": gif[: len(gif) // 2],
+        "truncated.bmp": bmp[: len(bmp) // 2],
     }
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+BAD = [
+    "truncated.jpg", "header.jpg", "empty.jpg", "html.jpg", "svg.jpg", "zeros.jpg",
+    "truncated.png", "filter.png", "bomb.png", "deep.png", "float.tiff", "truncated.gif",
+    "truncated.bmp",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["truncated.jpg", "header_only.jpg", "empty.jpg", "html.jpg", "zeros.jpg", "truncated.png",
-     "filter.png", "deep.png"],
-)  # fmt: skip
+    ("name", "workers"), [*((name, 0) for name in BAD), ("truncated.jpg", 2), ("deep.png", 2)]
+)
 def test_a_bad_file_stops_with_its_name(tmp_path, name, workers):
     files = {f"{k}.png": photo(50, 40, seed=k) for k in range(7)}
     files[name] = bad_files(tmp_path)[name]
     data = write_folder(tmp_path / "data", files)
-    loader = DaliLoader(data, workers=workers, **USUAL | {"batch_size": 2})
     bad = data.ids.index(name.rsplit(".")[0])
-    steps = [bad in batch for batch in loader._order(0, 0)]
-    good = []
-    with pytest.raises(InputError) as caught:
-        good.extend(loader.epoch(0))
-    assert name in str(caught.value) and "\n" not in str(caught.value)
-    assert len(good) == steps.index(True)  # every batch before it came
-    if not steps[-1]:
-        assert len(list(loader.epoch(0, steps.index(True) + 1))) == 3 - len(good)
+    for loader_class in (TrainLoader, DaliLoader):
+        loader = loader_class(data, workers=workers, **USUAL | {"batch_size": 2})
+        before = [bad in batch for batch in loader._order(0, 0)].index(True)
+        good = []
+        with pytest.raises(InputError) as caught:
+            good.extend(loader.epoch(0))
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+        assert len(good) == before  # every batch before it came
+        assert len(list(loader.epoch(0, before + 1))) == 3 - before
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(400, marks=pytest.mark.long)])
+def test_damaged_files_never_end_without_a_name(tmp_path, count):
+    """DALI decodes some damage that Pillow refuses; what it refuses itself has a name."""
+    rng = np.random.default_rng(0)
+    whole = np.frombuffer(jpeg(photo(90, 70), tmp_path / "scratch"), np.uint8)
+    files: dict[str, Image.Image | bytes] = {}
+    for k in range(count):
+        damaged = whole.copy()
+        places = rng.integers(2, len(whole), 1 + k % 9)
+        damaged[places] = rng.integers(0, 256, len(places))
+        files[f"{k}.jpg"] = damaged.tobytes()
+    data = write_folder(tmp_path / "data", files)
+    loader = DaliLoader(data, **USUAL | {"batch_size": 1})
+    outcomes = []
+    for step in range(count):
+        try:
+            outcomes.append(bool(torch.isfinite(next(loader.epoch(0, step)).image).all()))
+        except InputError as error:
+            file = f"{loader._order(0, step)[0][0]}.jpg"
+            outcomes.append("named" if file in str(error) else str(error))
+    assert set(outcomes) == {True, "named"}
 
 
 def test_a_file_that_only_dali_refuses_is_named(photos, monkeypatch):

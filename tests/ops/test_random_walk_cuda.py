@@ -110,6 +110,23 @@ def test_many_pixels_share_their_weights(module, classes, dtype):
     check_walk(module, (1, classes, 2, 1 << 16), 2, 1, dtype=dtype, exponent=1)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_operator_hands_over_what_the_binding_takes(module, monkeypatch, symmetric):
+    """The Python side for CUDA tensors, with the emulator's functions and host memory."""
+    monkeypatch.setattr(native, "cuda_function", lambda name: getattr(module, name))
+    monkeypatch.setattr(native, "stream", lambda tensor: 0)
+    monkeypatch.setattr(native, "view", lambda tensor: tensor.numpy())
+    offsets = offsets_of(5, symmetric)
+    maps = torch.from_numpy(draw(2, 3, 6, 7))
+    affinity = torch.from_numpy(draw(2, len(offsets) // 2, 6, 7, seed=1))
+    for steps in (2, 256):
+        options = (offsets, symmetric, False, 8, steps)
+        expected, result = torch.empty_like(maps), torch.empty_like(maps)
+        native._walk_cpu(maps, affinity, expected, options)
+        native._walk_cuda(maps, affinity, result, options)
+        close(result.numpy(), expected.numpy())
+
+
 def test_many_steps_agree_with_products(module, monkeypatch):
     """The recurrence and the plain products of the same kernel."""
     maps, affinity = draw(1, 2, 9, 8, dtype="float64"), draw(1, 34, 9, 8, dtype="float64")
@@ -303,14 +320,14 @@ def run_all(module):
 WALK, AFFINITY = "random_walk.cu", "stencil_affinity.cu"
 SHARED, PATHS = "kernels/random_walk.h", "kernels/stencil_affinity.h"
 FAULTS = {
-    "partner outside": (WALK, "if (grid.contains(i.y + dy, i.x + dx)) own =", "own ="),
-    "weight of the other direction": (WALK, "add(plane[back], back);", "add(plane[0], back);"),
     "previous term": (WALK, "k == 1 ? start : step.after", "k == 1 ? step.now : step.after"),
     "gradient of the partner": (AFFINITY, "sum -= kernels::toward", "sum += kernels::toward"),
+}
+MORE_FAULTS = {
+    "partner outside": (WALK, "if (grid.contains(i.y + dy, i.x + dx)) own =", "own ="),
+    "weight of the other direction": (WALK, "add(plane[back], back);", "add(plane[0], back);"),
     "ties of a path": (AFFINITY, "!first && !kernels::is_larger(one, largest)",
                        "!first && !(one >= largest)"),
-}  # fmt: skip
-MORE_FAULTS = {
     "column, not row": (WALK, "if (symmetric) sum += own;", "sum += own;"),
     "diagonal": (WALK, "double sum = 1;", "double sum = 0;"),
     "plane of an offset": (WALK, "weights + offsets.plane[k] * size", "weights + k / 2 * size"),

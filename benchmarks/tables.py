@@ -118,6 +118,7 @@ OPERATORS = (
     "confusion",
     "dense_crf",
     "energy",
+    "loader",
     "local_affinity",
     "normalize",
     "pixel_correlation",

@@ -4,9 +4,10 @@ Environment:
     WSIS_CUDA: ``auto`` (default) builds the CUDA kernels if there is an nvcc; ``0`` never; ``1``
         demands them.
     CUDA_HOME: toolkit to use; else the nvcc on PATH, else /usr/local/cuda.
-    TORCH_CUDA_ARCH_LIST: such as ``8.0;9.0+PTX``; default: of every major version that nvcc knows
-        from 7.5 up the lowest, whose code runs on the others (8.0 on 8.6 and 8.9), with the newest
-        also as PTX. Half the build time of all of them.
+    TORCH_CUDA_ARCH_LIST: such as ``8.0;9.0+PTX``; default: those of the GPUs in this machine, the
+        newest also as PTX. Without a GPU (containers, login nodes) of every major version that nvcc
+        knows from 7.5 up the lowest, whose code runs on the others (8.0 on 8.6 and 8.9): six times
+        the work.
     CXX: host compiler, default ``g++``.
 """
 
@@ -50,6 +51,15 @@ def find_nvcc() -> tuple[str | None, str]:
     return nvcc, "no nvcc was found at build time"
 
 
+def gpus_here() -> set[int]:
+    """Compute capabilities of this machine's GPUs, such as ``{90}``; none where nobody knows."""
+    try:
+        listed = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    except (OSError, subprocess.CalledProcessError):
+        return set()
+    return {int(n.replace(".", "")) for n in re.findall(r"^\d+\.\d$", listed, re.M)}
+
+
 def cuda_archs(nvcc: str) -> list[str]:
     """Architectures such as ``["75", "90", "90+PTX"]``."""
     if wish := os.environ.get("TORCH_CUDA_ARCH_LIST"):
@@ -61,6 +71,9 @@ def cuda_archs(nvcc: str) -> list[str]:
             archs += [number.removesuffix("+PTX")] + [number] * number.endswith("+PTX")
         return archs
     known = {int(n) for n in re.findall(r"^sm_(\d+)$", output_of(nvcc, "--list-gpu-code"), re.M)}
+    here = gpus_here()
+    if here and here <= known:
+        return [*map(str, sorted(here)), f"{max(here)}+PTX"]
     lowest = {n // 10: str(n) for n in sorted(known, reverse=True) if n >= 75}
     archs = list(reversed(lowest.values()))
     return [*archs, archs[-1] + "+PTX"]

@@ -72,7 +72,24 @@ def test_never_a_silent_cpu_build(build, monkeypatch):
         build.find_nvcc()
 
 
+@pytest.mark.parametrize(
+    ("printed", "archs"),
+    [
+        ("8.6\n9.0\n8.6\n", ["86", "90", "90+PTX"]),
+        ("10.3\n", ["75", "80", "90", "120", "120+PTX"]),  # this nvcc does not know it
+        ("No devices were found\n", ["75", "80", "90", "120", "120+PTX"]),
+    ],
+)
+def test_builds_for_the_gpus_that_are_there(build, toolkit, tmp_path, monkeypatch, printed, archs):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nprintf '{printed}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert build.cuda_archs(str(toolkit)) == archs
+
+
 def test_architectures(build, toolkit, monkeypatch):
+    monkeypatch.setattr(build, "gpus_here", set)
     assert build.cuda_archs(str(toolkit)) == ["75", "80", "90", "120", "120+PTX"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;12.0+PTX")
     assert build.cuda_archs(str(toolkit)) == ["80", "90a", "120", "120+PTX"]

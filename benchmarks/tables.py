@@ -115,6 +115,7 @@ def spread(values: list[float | None]) -> str:
 
 
 OPERATORS = (
+    "affinity_loss",
     "confusion",
     "dense_crf",
     "energy",

@@ -10,7 +10,6 @@ their data loaders, AFA's in the step. Values are compared first.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.memory import peak_so_far
 from wsis.compat import afa, irn, psa
 from wsis.losses import afa_affinity_loss, irn_losses, psa_losses
 
@@ -134,12 +134,6 @@ def print_peak(way, name):
     before = peak_so_far()
     step(*case)
     print(peak_so_far() - before)
-
-
-def peak_so_far():
-    """Largest resident memory of this program, MiB; ru_maxrss would start from its parent's."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 @pytest.mark.benchmark(timer=time.process_time)

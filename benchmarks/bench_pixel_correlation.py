@@ -8,7 +8,6 @@ cost no more than three of the largest.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.memory import peak_so_far
 from tests.reference.pixel_correlation_dense import pixel_correlation as dense
 from wsis.ops.pixel_correlation import pixel_correlation
 
@@ -79,13 +79,6 @@ def print_peak(way, size, backward):
     before = peak_so_far()
     call(way, *case, backward)
     print(peak_so_far() - before)
-
-
-def peak_so_far():
-    """Largest resident memory of this program, MiB. The kernel's ru_maxrss would start from that
-    of the process that started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def test_baseline_is_good(record_property):

@@ -9,7 +9,6 @@ Times are processor time.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.memory import peak_so_far
 from tests.reference import random_walk as formulas
 from tests.reference import random_walk_stencil as reference
 from wsis.ops.random_walk import random_walk
@@ -78,13 +78,6 @@ def print_peak(way, name):
     before = peak_so_far()
     walk(way, *case, kind)
     print(peak_so_far() - before)
-
-
-def peak_so_far():
-    """Largest resident memory of this program, MiB. The kernel's ru_maxrss would start from that
-    of the process that started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 @pytest.mark.benchmark(timer=time.process_time)

@@ -8,7 +8,6 @@ Weights are random: they do not change what a step costs.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import time
@@ -17,15 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.memory import peak_so_far
+
 SIZE, VIEW2, CLASSES = 448, 128, 20
 CASES = {"wideresnet38": (1, SIZE, VIEW2), "efficientnet_lite0": (8, 225, 129)}
 WAYS = ("wsis", "dense correlation")
-
-
-def peak_so_far():
-    """Largest resident memory of this program, MiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def run_step(way, backbone):

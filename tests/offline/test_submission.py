@@ -89,6 +89,10 @@ def test_command_with_stored_masks(dataset, tmp_path, capsys):
     assert main(arguments) == 0
     assert "1456 images" in capsys.readouterr().out
     assert (out / "results.tgz").exists()
+    assert main([*arguments, "--crf", "psa"]) == 2
+    assert "wsis refine" in capsys.readouterr().err
+    assert main(["submit", "run", "--crf", "psaa"]) == 2
+    assert "psaa" in capsys.readouterr().err
     (masks / "2008_000011.png").unlink()
     assert main(arguments) == 2
     assert "2008_000011.png" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from wsis.commands.evaluate import check_crf
 from wsis.commands.options import make_parser
 from wsis.commands.train import load_config
 from wsis.errors import InputError
@@ -36,6 +37,9 @@ def submit(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if (options.run is None) == (options.masks is None):
         raise InputError("give either a run folder or --masks FOLDER; see wsis submit --help")
+    if options.masks is not None and options.crf is not None:
+        raise InputError("--crf works on a run's scores; refine stored masks with wsis refine")
+    check_crf(options.crf)
     from wsis.offline.submission import TEST_IMAGES, write_submission
 
     about: dict[str, Any]

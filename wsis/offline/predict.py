@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from wsis.data.augment import normalize
 from wsis.errors import InputError
+from wsis.offline.fuse import check_fuse, fuse_logits
 from wsis.types import Maps, Prediction
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def predict(
     background: float = BACKGROUND_SCORE,
     background_power: float | None = None,
     gate: bool = True,
+    fuse: str = "mean",
+    class_cut: float | None = None,
     base_long: int | None = None,
     crf: str = "none",
     device: torch.device | str | None = None,
@@ -75,6 +78,11 @@ def predict(
         background_power: where given, the decoder's mean background probability to this power
             takes the constant's place (visinf/1-stage-wseg: 3).
         gate: multiply every class by its image-level probability.
+        fuse: how the passes become one, a key of `wsis.offline.fuse.FUSES`; the default is RTC's
+            rule above. Those that fuse logits give their softmax as scores and as the decoder's
+            own background.
+        class_cut: where given, classes whose image-level probability exceeds it in no pass are
+            removed (visinf/1-stage-wseg: 0.1).
         base_long: long side, in pixels, to which the image is first resized, for networks trained
             at small crops; None keeps its size. The answer lies at the original size either way.
         crf: preset of a dense CRF that makes the mask from the background's and the foreground
@@ -86,20 +94,31 @@ def predict(
 
     Raises:
         InputError: the image is not RGB, a scale is not positive, the scores are not finite, or
-            there is no such preset.
+            there is no such preset or rule.
     """
+    check_fuse(fuse, gate=gate)
     passes = run_passes(
         model, image, scales=scales, flip=flip, base_long=base_long, device=device, decode=True
     )
     with torch.inference_mode():
-        scores, class_probs, own_background = merge_passes(
-            [logits for p in passes if (logits := p.maps.logits) is not None],
-            [p.maps.class_logits for p in passes],
-            pass_sizes=[p.size for p in passes],
-            flips=[p.flipped for p in passes],
-            size=(image.height, image.width),
-            gate=gate,
-        )
+        logits = [m for p in passes if (m := p.maps.logits) is not None]
+        class_logits = [p.maps.class_logits for p in passes]
+        layout: dict[str, Any] = {
+            "pass_sizes": [p.size for p in passes],
+            "flips": [p.flipped for p in passes],
+            "size": (image.height, image.width),
+        }
+        if fuse == "mean":
+            scores, class_probs, own_background = merge_passes(
+                logits, class_logits, **layout, gate=gate
+            )
+        else:
+            own_background, scores = fuse_logits(fuse, logits, **layout).tensor_split([1])
+            own_background = own_background[0]
+            class_probs = torch.stack(class_logits).float().sigmoid().mean(dim=0)
+        if class_cut is not None:
+            surest = torch.stack(class_logits).float().sigmoid().amax(dim=0)
+            scores = scores * (surest > class_cut)[:, None, None]
         if not torch.isfinite(scores).all():
             raise InputError(
                 "the network's scores are not finite: expected a trained network, got one whose "

@@ -1,4 +1,4 @@
-"""The commands ``wsis data check`` and ``wsis data show``."""
+"""The commands ``wsis data check``, ``wsis data prepare`` and ``wsis data show``."""
 
 from __future__ import annotations
 
@@ -7,43 +7,71 @@ from pathlib import Path
 from wsis.commands.options import make_parser
 from wsis.errors import InputError
 
+_KINDS = "scenes | voc | folder | coco"
+
 
 def data(arguments: list[str]) -> int:
-    """Check or show; returns the exit code, 1 where a file is bad."""
-    actions = ("check", "show")
+    """Check, prepare or show; returns the exit code, 1 where a file is bad."""
+    actions = {"check": _check, "show": _show}
     if not arguments or arguments[0] not in actions:
+        usage = f"usage: wsis data {'|'.join(actions)} [OPTIONS]; see wsis data check --help"
         if arguments and arguments[0] in ("-h", "--help"):
-            print("usage: wsis data check|show [OPTIONS]; see wsis data check --help")
+            print(usage)
             return 0
-        raise InputError("usage: wsis data check|show [OPTIONS]; see wsis data check --help")
-    action = arguments[0]
+        raise InputError(usage)
+    return actions[arguments[0]](arguments[1:])
+
+
+def _check(arguments: list[str]) -> int:
     parser = make_parser(
-        f"data {action}", "Check every file of a data set, or draw a sample of it."
+        "data check",
+        "Read every file of a data set, compare labels, masks and splits, and say what is wrong "
+        "and how to cure it. Exit code 1 where there are errors.",
     )
-    parser.add_argument("--dataset", type=str, default="voc", help="scenes | voc | folder | coco")
+    parser.add_argument("path", nargs="?", type=str | None, help="folder of the data set")
+    parser.add_argument(
+        "--dataset", type=str | None, default=None, help=f"{_KINDS} [guessed from the folder]"
+    )
+    parser.add_argument("--root", type=str | None, default=None, help="the same as PATH")
+    parser.add_argument(
+        "--split", type=str | None, default=None, help="list of images [all that are found]"
+    )
+    parser.add_argument("--threads", type=int | None, default=None, help="images read at a time")
+    parser.add_argument("--out", type=str | None, default=None, help="JSON file with all findings")
+    options = parser.parse_args(arguments)
+    if options.path is not None and options.root is not None:
+        raise InputError("give the folder once: as PATH or as --root")
+    if options.out is not None and not Path(options.out).parent.is_dir():
+        raise InputError(f"--out {options.out}: its folder does not exist")
+    from wsis.data.check import check, format_check
+
+    result = check(
+        options.path or options.root,
+        kind=options.dataset,
+        splits=None if options.split is None else [options.split],
+        threads=options.threads,
+    )
+    print(format_check(result))
+    if options.out is not None:
+        from wsis.engine.logs import write_json_atomic
+
+        write_json_atomic(Path(options.out), result.as_dict())
+        print(f"report: {options.out}")
+    return 1 if result.errors else 0
+
+
+def _show(arguments: list[str]) -> int:
+    parser = make_parser("data show", "Draw a sample of a data set.")
+    parser.add_argument("--dataset", type=str, default="voc", help=_KINDS)
     parser.add_argument("--root", type=str | None, default=None, help="its folder")
     parser.add_argument("--split", type=str, default="train", help="list of images")
-    if action == "show":
-        parser.add_argument("--out", type=str, default="sample.png", help="PNG to write")
-        parser.add_argument("--count", type=int, default=12, help="images in it")
-    options = parser.parse_args(arguments[1:])
+    parser.add_argument("--out", type=str, default="sample.png", help="PNG to write")
+    parser.add_argument("--count", type=int, default=12, help="images in it")
+    options = parser.parse_args(arguments)
     from wsis.data.dataset import open_dataset
+    from wsis.evaluate.sheet import write_contact_sheet
 
     dataset = open_dataset(options.dataset, options.root, options.split)
-    if action == "show":
-        from wsis.evaluate.sheet import write_contact_sheet
-
-        write_contact_sheet(dataset, Path(options.out), count=options.count)
-        print(f"{options.out}: {min(options.count, len(dataset))} of {len(dataset)} images")
-        return 0
-    from wsis.data.scan import scan
-
-    problems = scan(dataset, masks=dataset.has_masks)
-    print(f"{len(dataset)} images, {len(dataset.classes)} classes, masks: {dataset.has_masks}")
-    for name, count in zip(dataset.classes, dataset.labels.sum(0), strict=True):
-        print(f"  {name}: {count} images")
-    for problem in problems:
-        print(f"{'error' if problem.fatal else 'note'}: {problem.message}")
-    errors = sum(problem.fatal for problem in problems)
-    print(f"{errors} errors, {len(problems) - errors} notes")
-    return 1 if errors else 0
+    write_contact_sheet(dataset, Path(options.out), count=options.count)
+    print(f"{options.out}: {min(options.count, len(dataset))} of {len(dataset)} images")
+    return 0

@@ -21,7 +21,8 @@ class DataConfig:
     """Which images, and how a training sample is drawn from them.
 
     Attributes:
-        dataset: kind of data set: built-in `scenes`, a `voc` or `coco` tree, or a `folder` + CSV.
+        dataset: kind of data set: built-in `scenes`, a `voc` or `coco` tree, a `folder` + CSV, or
+            `cub`, `ilsvrc`, `openimages` with wsolevaluation's metadata.
         root: its folder; not needed for `scenes`.
         train_split: list of training images.
         val_split: list of held-out images.
@@ -40,7 +41,7 @@ class DataConfig:
             batches up to rounding.
     """
 
-    dataset: Literal["scenes", "voc", "folder", "coco"] = "voc"
+    dataset: Literal["scenes", "voc", "folder", "coco", "cub", "ilsvrc", "openimages"] = "voc"
     root: str | None = None
     train_split: str = "train"
     val_split: str = "val"

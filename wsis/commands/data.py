@@ -7,7 +7,7 @@ from pathlib import Path
 from wsis.commands.options import make_parser
 from wsis.errors import InputError
 
-_KINDS = "scenes | voc | folder | coco"
+_KINDS = "scenes | voc | folder | coco | cub | ilsvrc | openimages"
 
 
 def data(arguments: list[str]) -> int:

@@ -23,7 +23,8 @@ try:
 except ImportError as error:
     raise MissingExtraError("pillow", "train", "reading images") from error
 
-DATASETS = ("scenes", "voc", "folder", "coco")
+WSOL_DATASETS = ("cub", "ilsvrc", "openimages")
+DATASETS = ("scenes", "voc", "folder", "coco", *WSOL_DATASETS)
 _NO_CLASS = 254  # what a file value that is no class maps to; internal ids stay below it
 _SAFE_ID = re.compile(r"\w[\w.\- ]*")
 
@@ -35,13 +36,16 @@ class Dataset:
     `mask_folders` that has it, so that curated masks can stand before supplementary ones.
 
     Attributes:
-        name: kind of data set: `scenes`, `voc`, `folder` or `coco`.
+        name: kind of data set, one of `DATASETS`.
         root: folder it was opened from; empty for the built-in scenes.
         split: name of the split.
         classes: the K foreground class names; the internal id of `classes[i]` is i + 1.
         mask_ids: value that stands for internal id i + 1 in mask files, at [i].
         ids: name of each image, unique, without folders.
-        labels: `[N, K] uint8`, 1 where the class is in the image; read-only.
+        labels: `[N, K] uint8`, 1 where the class is in the image; read-only. Rows are asked for by
+            position, slice or list of positions: long lists make them only then.
+        class_ids: `[N]` integers, the class of each image, where all have one by construction; None
+            elsewhere.
         has_masks: whether a place for masks exists; says nothing about each single file.
         mask_source: where ground truth comes from, for reports.
 
@@ -50,6 +54,8 @@ class Dataset:
         >>> len(data), data.image(0).size, data.mask(0).shape
         (4, (112, 112), (112, 112))
     """
+
+    class_ids: np.ndarray | None = None
 
     def __init__(
         self,
@@ -69,7 +75,7 @@ class Dataset:
         self.split = split
         self.classes = tuple(classes)
         self.mask_ids = tuple(mask_ids or range(1, len(self.classes) + 1))
-        self.ids = tuple(ids)
+        self.ids: Sequence[str] = tuple(ids)
         self.labels = np.ascontiguousarray(labels, dtype=np.uint8)
         self.labels.setflags(write=False)
         self._image_paths = tuple(image_paths)
@@ -168,7 +174,8 @@ def open_dataset(
     """Open a data set by name.
 
     Args:
-        name: `scenes` (built in, needs no root), `voc`, `folder` or `coco`.
+        name: `scenes` (built in, needs no root), `voc`, `folder`, `coco`, or of localization `cub`,
+            `ilsvrc`, `openimages`.
         root: folder of the data set; each kind's module describes the layouts it knows.
         split: `train` or `val`, or what else the data set lists.
         options: `scenes`: n_train, n_val, size, seed; `voc`: labels, label_ids, difficult.
@@ -182,7 +189,7 @@ def open_dataset(
         if root is not None:
             raise InputError(
                 f"data set 'scenes' is built in and has no folder, got {root}; for your own images "
-                "say which kind it is (voc, folder, coco)"
+                "say which kind it is (voc, folder, coco, ...)"
             )
         from wsis.data.scenes import Scenes
 
@@ -200,6 +207,10 @@ def open_dataset(
         from wsis.data.coco import open_coco
 
         return open_coco(folder, split, **options)
+    if name in WSOL_DATASETS:
+        from wsis.data.wsol import open_wsol
+
+        return open_wsol(name, folder, split, **options)
     from wsis.data.folder import open_folder
 
     return open_folder(folder, split, **options)

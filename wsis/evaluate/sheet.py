@@ -32,7 +32,7 @@ def write_contact_sheet(
     if min(count, columns, tile) < 1:
         raise InputError(f"count, columns and tile must be >= 1, got {count}, {columns}, {tile}")
     indices = sample_indices(len(dataset), count)
-    colours = class_colours(dataset.mask_ids)
+    colours = class_colours(dataset.mask_ids if dataset.has_masks else ())
     lines: list[list[np.ndarray]] = []
     for start in range(0, len(indices), columns):
         images = [(i, dataset.image(i)) for i in indices[start : start + columns]]

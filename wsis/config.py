@@ -39,6 +39,9 @@ class DataConfig:
         loader: what decodes and augments: `torch`, `dali` (on the GPU that trains), or `auto`: dali
             where it is installed, a GPU trains and the images are files. Both make the same
             batches up to rounding.
+        on_error: what an unreadable training image does: `fail` ends the run with its name when it
+            is met; `skip` reads every image before training, leaves the bad ones out and names
+            them in the run folder's `quarantine.json`.
     """
 
     dataset: Literal["scenes", "voc", "folder", "coco", "cub", "ilsvrc", "openimages"] = "voc"
@@ -54,6 +57,7 @@ class DataConfig:
     jitter: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1)
     workers: int = 2
     loader: Literal["auto", "torch", "dali"] = "auto"
+    on_error: Literal["fail", "skip"] = "fail"
 
 
 @dataclass

@@ -28,6 +28,8 @@ def test_without_a_launch(monkeypatch):
         assert distributed.is_main()
         values = {"b": torch.tensor(2.0), "a": 0.5}
         assert list(distributed.all_reduce_mean(values).items()) == [("b", 2.0), ("a", 0.5)]
+        assert distributed.from_main(lambda: 3) == 3
+        assert distributed.gather_objects({1: "a"}) == [{1: "a"}]
         assert distributed.any_rank(True) is True
         assert distributed.any_rank(False) is False
         assert distributed.wrap_ddp(model) is model
@@ -80,6 +82,8 @@ WORKER = """
         found = {"rank": rank, "world": world, "main": distributed.is_main()}
         found["mean"] = distributed.all_reduce_mean({"b": torch.tensor(2.0 + rank), "a": rank})
         found["any"] = [distributed.any_rank(rank == 1), distributed.any_rank(False)]
+        found["main's"] = distributed.from_main(lambda: ["of", rank])
+        found["each"] = distributed.gather_objects({"of": rank})
         x = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(0))
         for late in (True, False):
             torch.manual_seed(rank)  # DDP takes the weights of rank 0
@@ -129,6 +133,7 @@ def test_two_processes_agree_and_one_does_not_outlive_the_other(tmp_path):
     for f in found:
         assert list(f["mean"].items()) == [("b", 2.5), ("a", 0.5)]
         assert f["any"] == [True, False]
+        assert f["main's"] == ["of", 0] and f["each"] == [{"of": 0}, {"of": 1}]
     for late in (True, False):
         first, second = (f[f"late={late}"] for f in found)
         assert first == second, "ranks drifted apart"

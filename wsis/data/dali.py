@@ -7,7 +7,8 @@ rounding (`wsis.data.dali_graph` says how much).
 
 What DALI decodes as Pillow does, 8-bit RGB and grey in JPEG and PNG, goes to its decoder as it
 is. Everything else (GIF, CMYK, palettes, alpha, 16 bits, generated images) is read by
-`Dataset.image` like for the torch loader, errors included, and handed over as an uncompressed PPM.
+`Dataset.image` like for the torch loader, errors included, and handed over as an uncompressed PPM;
+so is a file that DALI's decoder turns out to refuse though Pillow reads it.
 
 On the CPU this loader is there to be tested: DALI's bicubic resizing takes several times as long
 there as torchvision's, and its arithmetic makes one pass over memory per sign; the torch loader is
@@ -19,7 +20,7 @@ from __future__ import annotations
 import io
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -31,7 +32,6 @@ from wsis.data.augment import Draw, crop_mask, draw
 from wsis.data.dali_graph import build_pipeline, feeds
 from wsis.data.dataset import Dataset, Image
 from wsis.data.loader import DRAWN_FROM, TrainLoader, sample_generator
-from wsis.errors import InputError
 from wsis.types import Batch
 
 _PNG_DEPTH = 24  # position of the bit depth in a PNG file
@@ -62,6 +62,7 @@ class DaliLoader(TrainLoader):
         self._drawn_from = {name: self._transform[name] for name in DRAWN_FROM}
         self._stages = sum(strength > 0 for strength in self._transform["jitter"])
         self._pipeline: Any = None  # built by the first epoch
+        self._by_pillow: set[int] = set()  # images whose files DALI has refused
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches `start`, `start + 1`, ... of one epoch, equal to the tail of the whole epoch.
@@ -95,8 +96,7 @@ class DaliLoader(TrainLoader):
         finally:
             batches.close()
             if running is not None and self._pipeline is not None:
-                self._pipeline.share_outputs()
-                self._pipeline.release_outputs()
+                self._drop()
 
     def _prepared(self, epoch: int, order: list[list[int]]) -> Generator[list[_Sample], None, None]:
         """Read files and drawn augmentation of each batch, two batches ahead with workers."""
@@ -118,7 +118,7 @@ class DaliLoader(TrainLoader):
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _sample(self, epoch: int, i: int) -> _Sample:
-        file, size = encoded(self.dataset, i)
+        file, size = (uncompressed if i in self._by_pillow else encoded)(self.dataset, i)
         mask = self.dataset.mask(i) if self._masks else None
         drawn = draw(sample_generator(self.seed, epoch, i), size, **self._drawn_from)
         target = None if mask is None else crop_mask(mask, drawn, self._transform["crop"])
@@ -152,11 +152,15 @@ class DaliLoader(TrainLoader):
         stream = None
         if self.device.type == "cuda":
             stream = torch.cuda.current_stream(self.device)
+        failed = None
         try:
             (images,) = self._pipeline.share_outputs(stream)
         except RuntimeError as error:
+            failed = error
+        if failed is not None:
             self._pipeline = None  # DALI's pipelines do not survive an error
-            raise self._named(batch, error) from None
+            self._start(self._decoded(batch, failed))
+            (images,) = self._pipeline.share_outputs(stream)
         # No copy: the tensor keeps DALI's memory alive, and DALI's executor takes other memory.
         pixels = torch.from_dlpack(images.as_tensor())
         self._pipeline.release_outputs()
@@ -170,21 +174,33 @@ class DaliLoader(TrainLoader):
             mask=torch.stack(masks) if masks else None,
         )
 
-    def _named(self, batch: list[_Sample], error: RuntimeError) -> Exception:
-        """DALI's error as one that names the file, which DALI does not always do."""
+    def _drop(self) -> None:
+        """Forget the batch that DALI was given last; nobody asks for it, nor for its error."""
+        try:
+            self._pipeline.share_outputs()
+            self._pipeline.release_outputs()
+        except RuntimeError:
+            self._pipeline = None
+
+    def _decoded(self, batch: list[_Sample], error: RuntimeError) -> list[_Sample]:
+        """The batch with the files that made DALI fail decoded by Pillow.
+
+        Raises:
+            InputError: Pillow cannot decode one either; DALI does not always name it.
+            RuntimeError: DALI's own error, which is not about a file.
+        """
         for sample in batch:
-            try:
-                self.dataset.image(sample.i)
-            except InputError as named:
-                return named
-        for sample in batch:
-            if not _decodes(sample.file):
-                path = self.dataset.image_path(sample.i) or self.dataset.ids[sample.i]
-                return InputError(
-                    f"{path}: DALI cannot decode this image, though Pillow can; save it anew, or "
-                    "use --data.loader torch"
-                )
-        return error
+            self.dataset.image(sample.i)
+        refused = {sample.i for sample in batch if not _decodes(sample.file)}
+        if not refused:
+            raise error
+        self._by_pillow |= refused
+        return [
+            replace(sample, file=uncompressed(self.dataset, sample.i)[0])
+            if sample.i in refused
+            else sample
+            for sample in batch
+        ]
 
 
 @dataclass(frozen=True)
@@ -214,6 +230,15 @@ def encoded(dataset: Dataset, i: int) -> tuple[np.ndarray, tuple[int, int]]:
         size = _plain_size(file)
         if size is not None:
             return file, size
+    return uncompressed(dataset, i)
+
+
+def uncompressed(dataset: Dataset, i: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Image i as Pillow decodes it, as the bytes of a PPM, and its height and width.
+
+    Raises:
+        InputError: the file is missing, damaged, no image, or has 16 bits per channel.
+    """
     image = dataset.image(i)
     header = b"P6 %d %d 255\n" % image.size
     return np.frombuffer(header + image.tobytes(), np.uint8), (image.height, image.width)

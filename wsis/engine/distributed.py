@@ -6,9 +6,10 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from wsis.errors import InputError
 
+T = TypeVar("T")
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -144,6 +146,24 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     summed = values.to(_device())
     dist.all_reduce(summed)
     return summed.cpu()
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What the main process makes, in every process; the others do not call `make`."""
+    if world_size() == 1:
+        return make()
+    made = [make() if is_main() else None]
+    dist.broadcast_object_list(made, device=_device())
+    return cast("T", made[0])
+
+
+def gather_objects(value: T) -> list[T]:
+    """What every process has, by rank, in all of them; small things only, they are pickled."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def any_rank(flag: bool) -> bool:

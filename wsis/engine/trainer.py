@@ -38,6 +38,8 @@ from wsis.engine.interrupt import StopRequest
 from wsis.engine.logs import RunLog, versions, write_json_atomic, write_text_atomic
 from wsis.engine.meters import RunningMean
 from wsis.engine.optim import corrected_average, finite_norm, make_optimizer, poly_factor, set_lr
+from wsis.engine.quarantine import about as quarantine_of
+from wsis.engine.quarantine import quarantine
 from wsis.engine.step import Siamese, Supervised, mask_losses, weak_losses
 from wsis.engine.validate import classification_map
 from wsis.errors import InputError
@@ -69,12 +71,13 @@ class TrainResult:
 def identity(config: TrainConfig, dataset: Dataset) -> str:
     """Hash of everything that a checkpoint depends on; a resumed run must have the same.
 
-    Neither the device nor the loader is in it: they change no more than rounding.
+    Neither the device nor the loader is in it: they change no more than rounding. Images that
+    were left out change the fingerprint.
     """
     relevant = config.as_dict()
     for free in ("threads", "device", "report_images", "quality_images", "predict", "save_every"):
         relevant.pop(free)
-    for free in ("workers", "root", "loader"):
+    for free in ("workers", "root", "loader", "on_error"):
         relevant["data"].pop(free)
     relevant["fingerprint"] = dataset.fingerprint()
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
@@ -112,6 +115,14 @@ class Trainer:
                     f"'{self.train_set.split}' in {self.train_set.root} have none, the first is "
                     f"{self.train_set.ids[bare[0]]}; train with --supervision labels"
                 )
+        if config.data.on_error == "skip":
+            self.train_set = quarantine(
+                self.train_set,
+                self.folder,
+                masks=config.supervision == "masks",
+                threads=config.data.workers,
+                resume=resume,
+            )
 
         torch.manual_seed(config.seed)
         self.model = build_model(
@@ -185,7 +196,10 @@ class Trainer:
             "world_size": distributed.world_size(),
             "device": str(self.device),
             "loader": self.loader.kind,
+            "on_error": self.config.data.on_error,
         }
+        if self.config.data.on_error == "skip":
+            about["quarantine"] = quarantine_of(self.folder)
         write_json_atomic(self.folder / "about.json", about)
 
     @staticmethod

@@ -19,6 +19,7 @@ from wsis.engine.build import build_model, open_split
 from wsis.engine.checkpoint import CheckpointStore
 from wsis.engine.device import pick_device
 from wsis.engine.logs import write_json_atomic
+from wsis.engine.quarantine import without_quarantined
 from wsis.errors import InputError
 from wsis.evaluate.cam_quality import evaluate_cams
 from wsis.evaluate.protocols import Protocol
@@ -106,6 +107,8 @@ def evaluate_run(
         torch.set_num_threads(config.threads)
     val_set = open_split(config.data, config.data.val_split)
     train_set = open_split(config.data, config.data.train_split)
+    if config.data.on_error == "skip":
+        train_set = without_quarantined(train_set, folder)
     model = load_model(config, folder, len(val_set.classes), weights)
     protocol = Protocol(
         **asdict(config.predict),

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsis.data.augment import normalize
+from wsis.data.inference import Scaling, Shown, make_views
 from wsis.errors import InputError
 from wsis.offline.fuse import check_fuse, fuse_logits
 from wsis.types import Maps, Prediction
@@ -100,6 +100,30 @@ def predict(
     passes = run_passes(
         model, image, scales=scales, flip=flip, base_long=base_long, device=device, decode=True
     )
+    return conclude(
+        passes,
+        image,
+        background=background,
+        background_power=background_power,
+        gate=gate,
+        crf=crf,
+    )
+
+
+def conclude(
+    passes: Sequence[Pass],
+    image: Image.Image,
+    *,
+    background: float = BACKGROUND_SCORE,
+    background_power: float | None = None,
+    gate: bool = True,
+    crf: str = "none",
+) -> Prediction:
+    """What follows from the passes of one image; the arguments are those of `predict`.
+
+    Raises:
+        InputError: the scores are not finite, or there is no such preset.
+    """
     with torch.inference_mode():
         logits = [m for p in passes if (m := p.maps.logits) is not None]
         class_logits = [p.maps.class_logits for p in passes]
@@ -219,30 +243,43 @@ def run_passes(
     Raises:
         InputError: the image is not RGB or a scale is not positive.
     """
-    if image.mode != "RGB":
-        raise InputError(
-            f"the image must be RGB, got mode {image.mode}; open it with .convert('RGB')"
-        )
-    if not scales or min(scales) <= 0:
-        raise InputError(f"scales must be positive numbers, got {list(scales)}")
-    if device is None:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    base = _base_size(image.width, image.height, base_long)
+    shown = make_views(image, scaling_of(model, scales, base_long))
+    return show(model, shown, flip=flip, device=device, decode=decode)
+
+
+def scaling_of(model: RTC, scales: Sequence[float], base_long: int | None) -> Scaling:
+    """How a network's images are made from pixels."""
+    return Scaling(tuple(scales), model.backbone.mean, model.backbone.std, base_long)
+
+
+def show(
+    model: RTC,
+    shown: Shown,
+    *,
+    flip: bool,
+    device: torch.device | str | None,
+    decode: bool,
+) -> list[Pass]:
+    """The passes over views that are made already; the arguments are those of `run_passes`."""
+    device = device_of(model) if device is None else device
     passes = []
     with torch.inference_mode(), _evaluating(model):
-        for scale in scales:
-            width, height = (max(1, int(side * scale)) for side in base)
-            resized = image.resize((width, height), _BICUBIC)
-            view = normalize(resized, model.backbone.mean, model.backbone.std).to(device)
+        for view in shown.views:
+            view = view.to(device)
             views = torch.stack([view, view.flip(-1)]) if flip else view[None]
             maps = model(
                 views.contiguous(memory_format=torch.channels_last),
                 decode=decode,
                 refine=not decode,
             )
-            for index in range(len(views)):
-                passes.append(Pass(_one(maps, index), (height, width), flipped=index == 1))
+            size = (view.shape[1], view.shape[2])
+            passes += [Pass(_one(maps, k), size, flipped=k == 1) for k in range(len(views))]
     return passes
+
+
+def device_of(model: RTC) -> torch.device:
+    """Where the network's parameters lie."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -254,17 +291,6 @@ def to_image(maps: Tensor, size: tuple[int, int], flipped: bool) -> Tensor:
     """Resize ``[N, h, w]`` maps to the image (align_corners=False) and mirror them back."""
     maps = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
     return maps.flip(-1) if flipped else maps
-
-
-_BICUBIC = 3  # PIL's number of Resampling.BICUBIC: keeps Pillow out of this module's imports
-
-
-def _base_size(width: int, height: int, base_long: int | None) -> tuple[int, int]:
-    """Width and height after the long side has been set to `base_long`."""
-    if base_long is None:
-        return width, height
-    ratio = base_long / max(width, height)
-    return max(1, round(width * ratio)), max(1, round(height * ratio))
 
 
 def _one(maps: Maps, index: int) -> Maps:

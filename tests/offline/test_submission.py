@@ -33,9 +33,13 @@ def mask_of(index):
     return mask
 
 
+def masks():
+    return map(mask_of, range(2))
+
+
 @pytest.mark.parametrize("competition", [5, 6])
 def test_what_the_server_wants(dataset, tmp_path, competition):
-    archive = write_submission(dataset, mask_of, tmp_path / "out", competition=competition)
+    archive = write_submission(dataset, masks(), tmp_path / "out", competition=competition)
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / "server", filter="data")
     folder = f"results/VOC2012/Segmentation/comp{competition}_test_cls"
@@ -55,7 +59,7 @@ def test_what_the_server_wants(dataset, tmp_path, competition):
 
 
 def test_the_archive_depends_on_the_masks_alone(dataset, tmp_path):
-    first, second = (write_submission(dataset, mask_of, tmp_path / x) for x in ("a", "b"))
+    first, second = (write_submission(dataset, masks(), tmp_path / x) for x in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -69,23 +73,23 @@ def test_the_archive_depends_on_the_masks_alone(dataset, tmp_path):
 )
 def test_a_mask_the_server_would_refuse_is_named(dataset, tmp_path, mask, message):
     with pytest.raises(InputError, match=message) as caught:
-        write_submission(dataset, lambda index: mask, tmp_path)
+        write_submission(dataset, iter([mask, mask]), tmp_path)
     assert "2008_000006" in str(caught.value)
     assert not (tmp_path / "results.tgz").exists()
 
 
 def test_other_data_and_competitions_are_refused(dataset, tmp_path):
     with pytest.raises(InputError, match="competition"):
-        write_submission(dataset, mask_of, tmp_path, competition=4)
+        write_submission(dataset, masks(), tmp_path, competition=4)
     with pytest.raises(InputError, match="scenes"):
-        write_submission(open_dataset("scenes", split="val", n_val=2), mask_of, tmp_path)
+        write_submission(open_dataset("scenes", split="val", n_val=2), masks(), tmp_path)
 
 
 def test_command_with_stored_masks(dataset, tmp_path, capsys):
-    masks, out = tmp_path / "masks", tmp_path / "out"
+    folder, out = tmp_path / "masks", tmp_path / "out"
     for index, name in enumerate(dataset.ids):
-        write_mask(masks / f"{name}.png", mask_of(index), dataset.mask_ids)
-    arguments = ["submit", "--masks", str(masks), "--root", dataset.root, "--out", str(out)]
+        write_mask(folder / f"{name}.png", mask_of(index), dataset.mask_ids)
+    arguments = ["submit", "--masks", str(folder), "--root", dataset.root, "--out", str(out)]
     assert main(arguments) == 0
     assert "1456 images" in capsys.readouterr().out
     assert (out / "results.tgz").exists()
@@ -93,7 +97,7 @@ def test_command_with_stored_masks(dataset, tmp_path, capsys):
     assert "wsis refine" in capsys.readouterr().err
     assert main(["submit", "run", "--crf", "psaa"]) == 2
     assert "psaa" in capsys.readouterr().err
-    (masks / "2008_000011.png").unlink()
+    (folder / "2008_000011.png").unlink()
     assert main(arguments) == 2
     assert "2008_000011.png" in capsys.readouterr().err
     assert main(["submit"]) == 2

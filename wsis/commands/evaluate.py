@@ -23,7 +23,8 @@ def evaluate(arguments: list[str]) -> int:
     parser = make_parser(
         "evaluate",
         "Score a trained run on its val split and rewrite its report, or score mask PNGs. "
-        "`wsis evaluate wsol` scores localization, `wsis evaluate cam` stored CAMs.",
+        "`wsis evaluate wsol` scores localization, `wsis evaluate cam` stored CAMs. Under torchrun "
+        "the processes share the images out.",
     )
     parser.add_argument("run", nargs="?", type=str | None, help="folder of a trained run")
     parser.add_argument("--weights", type=str, default="last", help="last | best | a weights file")
@@ -35,6 +36,12 @@ def evaluate(arguments: list[str]) -> int:
         "--crf", type=str | None, default=None, help="preset of a dense CRF on the scores, or none"
     )
     parser.add_argument("--device", type=str | None, default=None, help="auto | cpu | cuda | ...")
+    parser.add_argument(
+        "--loader", type=str | None, default=None, help="what decodes images: auto | torch | dali"
+    )
+    parser.add_argument(
+        "--workers", type=int | None, default=None, help="threads that read, and that score"
+    )
     parser.add_argument(
         "--out",
         type=str | None,
@@ -57,27 +64,32 @@ def evaluate(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if (options.run is None) == (options.masks is None):
         raise InputError("give either a run folder or --masks FOLDER; see wsis evaluate --help")
+    if options.workers is not None and options.workers < 0:
+        raise InputError(f"--workers must be 0 or more, got {options.workers}")
+    from wsis.engine import distributed
     from wsis.evaluate.run import evaluate_masks, evaluate_run
 
     only_masks, only_run = (
         ("dataset", "unsure"),
-        ("scales", "flip", "background", "base_long", "crf"),
+        ("scales", "flip", "background", "base_long", "crf", "loader"),
     )
     for name in only_masks if options.masks is None else only_run:
         if getattr(options, name) is not None:
             where = "--masks FOLDER" if name in only_masks else "a run folder"
             raise InputError(f"--{name} goes with {where} only; see wsis evaluate --help")
     if options.masks is not None:
-        print(
-            evaluate_masks(
+        with distributed.session("cpu"):
+            text = evaluate_masks(
                 Path(options.masks),
                 dataset=options.dataset or "voc",
                 root=options.root,
                 split=options.split or "val",
                 convention=options.convention or "voc",
                 unsure=options.unsure,
+                workers=2 if options.workers is None else options.workers,
             )
-        )
+            if distributed.is_main():
+                print(text)
         return 0
     folder = Path(options.run)
     config = load_config(folder / "config.yaml")
@@ -90,10 +102,23 @@ def evaluate(arguments: list[str]) -> int:
     changed = config.as_dict() != stored or options.weights != "last"
     config.data.root = options.root or config.data.root
     config.device = options.device or config.device
-    out = next_free(folder / "evaluate") if changed else folder
-    out = Path(options.out) if options.out else out
+    config.data.loader = options.loader or config.data.loader
+    if options.workers is not None:
+        config.data.workers = options.workers
     choice = "given to wsis evaluate, after training" if options.background is not None else ""
-    print(evaluate_run(config, folder, weights=options.weights, out=out, background_choice=choice))
+    with distributed.session(config.device):
+        if options.out:
+            out = Path(options.out)
+        else:
+            # Looked for once: the processes write into the same one.
+            out = (
+                distributed.from_main(lambda: next_free(folder / "evaluate")) if changed else folder
+            )
+        text = evaluate_run(
+            config, folder, weights=options.weights, out=out, background_choice=choice
+        )
+        if distributed.is_main():
+            print(text)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,14 +46,16 @@ def submit(arguments: list[str]) -> int:
     about: dict[str, Any]
     if options.masks is not None:
         from wsis.data.dataset import open_dataset
+        from wsis.data.threads import in_threads
         from wsis.offline.masks import read_mask
 
         dataset = open_dataset("voc", options.root, options.split)
         folder = Path(options.masks)
 
-        def mask_of(index: int) -> Any:
-            return read_mask(folder / f"{dataset.ids[index]}.png", dataset.mask_ids)
+        def read(name: str) -> Any:
+            return read_mask(folder / f"{name}.png", dataset.mask_ids)
 
+        masks = in_threads(read, dataset.ids, workers=2)
         about = {"masks": str(folder)}
     else:
         from dataclasses import asdict
@@ -60,7 +63,8 @@ def submit(arguments: list[str]) -> int:
         from wsis.engine.build import open_split
         from wsis.evaluate.protocols import Protocol
         from wsis.evaluate.run import load_model
-        from wsis.offline.predict import predict
+        from wsis.offline.predict import conclude
+        from wsis.offline.stream import stream_passes
 
         config = load_config(Path(options.run) / "config.yaml")
         config.data.root = options.root or config.data.root
@@ -71,13 +75,26 @@ def submit(arguments: list[str]) -> int:
         protocol = Protocol(**asdict(config.predict), checkpoint=options.weights)
         protocol = protocol.on(dataset, range(len(dataset)))
 
-        def mask_of(index: int) -> Any:
-            return predict(model, dataset.image(index), **protocol.prediction()).mask.numpy()
+        settings = protocol.conclusion()
 
+        def mask_of(_: int, image: Any, passes: Any, __: None) -> Any:
+            return conclude(passes, image, **settings).mask.numpy()
+
+        masks = stream_passes(
+            model,
+            dataset,
+            range(len(dataset)),
+            mask_of,
+            **protocol.passes(),
+            decode=True,
+            loader=config.data.loader,
+            workers=config.data.workers,
+        )
         about = {"run": options.run, "protocol": protocol.describe()}
-    archive = write_submission(
-        dataset, mask_of, options.out, competition=options.competition, about=about
-    )
+    with closing(masks):
+        archive = write_submission(
+            dataset, masks, options.out, competition=options.competition, about=about
+        )
     print(f"{len(dataset)} masks in {archive}, hashes in {archive.with_name('manifest.json')}")
     if options.split == "test" and len(dataset) != TEST_IMAGES:
         print(f"note: VOC 2012's test list has {TEST_IMAGES} images; the server wants all of them")

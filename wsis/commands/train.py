@@ -133,18 +133,28 @@ def train(arguments: list[str]) -> int:
         except NonFiniteError as error:
             print(f"wsis: error: {error}", file=sys.stderr)
             return 1
+        if result.finished:
+            return _evaluate(config, folder, result.seconds)
         if not distributed.is_main():
             return 0
-    if not result.finished:
-        command = shlex.join(["wsis", "train", *arguments])
-        command += "" if namespace.resume == "auto" else " --resume auto"
-        print(f"stopped after {result.epochs} whole epochs; go on with: {command}")
-        return 130
-    print(f"trained {result.epochs} epochs in {result.seconds / 60:.1f} minutes: {folder}")
+    command = shlex.join(["wsis", "train", *arguments])
+    command += "" if namespace.resume == "auto" else " --resume auto"
+    print(f"stopped after {result.epochs} whole epochs; go on with: {command}")
+    return 130
 
+
+def _evaluate(config: TrainConfig, folder: Path, seconds: float) -> int:
+    """Score the finished run, in all its processes."""
+    from wsis.engine import distributed
     from wsis.evaluate.run import evaluate_run
 
-    print(evaluate_run(config, folder))
+    if distributed.is_main():
+        minutes = f"{seconds / 60:.1f} minutes"
+        print(f"trained {config.optim.epochs} epochs in {minutes}: {folder}", flush=True)
+    distributed.meet()  # the first process has written the weights
+    text = evaluate_run(config, folder)
+    if distributed.is_main():
+        print(text)
     return 0
 
 

@@ -15,8 +15,11 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes the process's GPU where there is one; InputError for one that is not there."""
-    if name == "auto":
+    """`auto` takes the process's GPU where there is one; InputError for one that is not there.
+
+    Of several processes each has its own GPU, whichever number was named.
+    """
+    if name == "auto" or (distributed.world_size() > 1 and name.startswith("cuda")):
         return distributed.default_device()
     try:
         return torch.empty(0, device=name).device

@@ -6,9 +6,10 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from itertools import islice
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from wsis.errors import InputError
 
 T = TypeVar("T")
+
+_ROUND = 64  # results of each process between two meetings
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -140,7 +143,10 @@ def all_reduce_mean(values: Mapping[str, float | Tensor]) -> dict[str, float]:
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum over processes of a tensor of one shape, on the CPU."""
+    """Sum over processes of a tensor of one shape, on the CPU; may be the same memory.
+
+    Integers stay integers: their sum is exact.
+    """
     if world_size() == 1:
         return values
     summed = values.to(_device())
@@ -157,6 +163,31 @@ def from_main(make: Callable[[], T]) -> T:
     return cast("T", made[0])
 
 
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This process's part of a list: every item is one process's."""
+    return items[rank() :: world_size()]
+
+
+def in_order(own: Iterable[T], total: int) -> Generator[T, None, None]:
+    """Results for a whole list, in its order and in every process, from those of each `share`.
+
+    The processes meet every 64 results and exchange them, so that none waits long for another at
+    the end, and no process keeps more than one round of results. All must consume all.
+
+    Args:
+        own: this process's results, one for each item of its `share`; small, as they are pickled.
+        total: length of the whole list.
+    """
+    if world_size() == 1:
+        yield from own
+        return
+    source = iter(own)
+    for _ in range(0, total, _ROUND * world_size()):
+        parts = gather_objects(list(islice(source, _ROUND)))
+        for k in range(len(parts[0])):
+            yield from (part[k] for part in parts if k < len(part))
+
+
 def gather_objects(value: T) -> list[T]:
     """What every process has, by rank, in all of them; small things only, they are pickled."""
     if world_size() == 1:
@@ -164,6 +195,12 @@ def gather_objects(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def meet() -> None:
+    """Wait until all processes are here."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def any_rank(flag: bool) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
+from wsis.engine import distributed
 from wsis.evaluate.conventions import Tally
 from wsis.evaluate.protocols import PRESETS, Protocol
 from wsis.evaluate.segmentation import (
@@ -16,11 +18,16 @@ from wsis.evaluate.segmentation import (
     Coverage,
     Curve,
     images_to_score,
+    with_bar,
 )
-from wsis.offline.cams import make_seeds, pseudo_mask
+from wsis.offline.cams import pseudo_mask, seeds_of
+from wsis.offline.predict import Pass
+from wsis.offline.stream import stream_passes
 from wsis.pseudo import PseudoRule
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from wsis.data.dataset import Dataset
     from wsis.models.rtc import RTC
 
@@ -36,8 +43,12 @@ def evaluate_cams(
     rule: PseudoRule | None = None,
     limit: int | None = None,
     device: torch.device | str | None = None,
+    loader: str = "torch",
+    workers: int = 2,
 ) -> dict[str, Any]:
     """Score the CAM seeds and the two-threshold pseudo masks of a training list.
+
+    In a stream and shared out over processes like `wsis.evaluate.segmentation`.
 
     Args:
         model: the network, see `wsis.offline.predict.predict`.
@@ -47,6 +58,8 @@ def evaluate_cams(
         rule: thresholds and refinement of the pseudo masks; RTC's by default.
         limit: only so many images, spread evenly over the list.
         device: where the passes run; by default where the network's parameters lie.
+        loader: what decodes and resizes the images: `torch`, `dali` or `auto`.
+        workers: threads that read, and as many that make masks and score; 0 has none.
 
     Returns:
         JSON-ready: ``protocol``; ``cam`` and ``refined`` (None for a model without refinement),
@@ -73,23 +86,45 @@ def evaluate_cams(
     wrong = Tally(size, protocol.convention, unsure="wrong")
     ignored = Tally(size, protocol.convention, unsure="ignored")
     coverage = Coverage()
-    for index in tqdm(indices, desc="CAM seeds", unit="image"):
-        image, label, truth = dataset.image(index), dataset.labels[index], dataset.mask(index)
-        name = dataset.ids[index]
-        seeds = make_seeds(model, image, label, **protocol.passes(), device=device)
+
+    def score(
+        index: int, image: Image.Image, passes: list[Pass], truth: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, bool]:
+        label, name = dataset.labels[index], dataset.ids[index]
+        seeds = seeds_of(passes, image, label)
         curves["cam"].add(seeds.cam.numpy(), truth)
         if seeds.refined is not None:
             curves["refined"].add(seeds.refined.numpy(), truth)
         mask = pseudo_mask(seeds.best, image, label, rule)
-        wrong.add(mask, truth, name)
-        ignored.add(mask, truth, name)
         coverage.add(mask, truth)
+        counts = [tally.count(mask, truth, name) for tally in (wrong, ignored)]
+        return counts[0], counts[1], seeds.refined is not None
+
+    has_refined = False
+    scoring = stream_passes(
+        model,
+        dataset,
+        distributed.share(indices),
+        score,
+        **protocol.passes(),
+        decode=False,
+        beside=dataset.mask,
+        loader=loader,
+        workers=workers,
+        device=device,
+    )
+    with closing(scoring):
+        for missed, left_out, refined in with_bar(scoring, len(indices), "CAM seeds"):
+            wrong.take(missed)
+            ignored.take(left_out)
+            has_refined |= refined
+    for curve in curves.values():
+        curve.merge()
+    coverage.merge()
     return {
         "protocol": protocol.as_dict(),
         "cam": _seed_result(curves["cam"], protocol.convention),
-        "refined": (
-            None if seeds.refined is None else _seed_result(curves["refined"], protocol.convention)
-        ),
+        "refined": (_seed_result(curves["refined"], protocol.convention) if has_refined else None),
         "pseudo": {
             "wrong": wrong.scores().as_dict(),
             "ignored": ignored.scores().as_dict(),

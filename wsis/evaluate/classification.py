@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,19 +23,20 @@ class ClassificationTally:
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = tuple(classes)
-        self._probs: list[Tensor] = []
-        self._labels: list[Tensor] = []
+        # Packed: a tensor for each image would weigh more than its numbers.
+        self._probs, self._labels = array("f"), array("B")
 
-    def add(self, class_probs: Tensor, label: np.ndarray | Tensor) -> None:
+    def add(self, class_probs: np.ndarray | Tensor, label: np.ndarray | Tensor) -> None:
         """Count one image: ``[K]`` probabilities and its ``[K]`` multi-hot label."""
-        self._probs.append(class_probs.detach().cpu().float())
-        self._labels.append(torch.as_tensor(np.array(label)).float())
+        probs = torch.as_tensor(class_probs).detach().cpu().float().numpy()
+        self._probs.frombytes(probs.tobytes())
+        self._labels.frombytes(np.asarray(label, np.uint8).tobytes())
 
     def scores(self) -> dict[str, Any]:
         """Percentages, JSON-ready: ``{"map": ..., "ap": {class: ...}}``; None without positives."""
-        mean, per_class = mean_average_precision(
-            torch.stack(self._probs), torch.stack(self._labels)
-        )
+        shape = (-1, len(self.classes))
+        probs, labels = np.array(self._probs).reshape(shape), np.array(self._labels).reshape(shape)
+        mean, per_class = mean_average_precision(torch.tensor(probs), torch.tensor(labels))
         values = zip(self.classes, per_class.tolist(), strict=True)
         return {"map": _percent(mean), "ap": {name: _percent(value) for name, value in values}}
 

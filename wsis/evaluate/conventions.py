@@ -153,16 +153,22 @@ class Tally:
             InputError: sizes differ, the ground truth holds another id, or an id was predicted
                 that the convention calls an error.
         """
-        counts = self._count(np.asarray(prediction), np.asarray(truth), name)
+        counts = self.count(prediction, truth, name)
+        self.take(counts)
+        return counts
+
+    def take(self, counts: np.ndarray) -> None:
+        """Add what `count` returned, here or in another process, to the running matrix."""
         self.confusion += counts
         self._total = self._total + _areas(counts, self.rule)
-        return counts
 
     def scores(self) -> SegmentationScores:
         """Scores of everything counted so far."""
         return _score(self._total, self.convention)
 
-    def _count(self, prediction: np.ndarray, truth: np.ndarray, name: str) -> np.ndarray:
+    def count(self, prediction: np.ndarray, truth: np.ndarray, name: str = "mask") -> np.ndarray:
+        """The matrix of one image, as `add`, without adding it; threads may call it together."""
+        prediction, truth = np.asarray(prediction), np.asarray(truth)
         size = self.num_classes
         if prediction.shape != truth.shape:
             raise InputError(

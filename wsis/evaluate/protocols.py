@@ -106,10 +106,13 @@ class Protocol:
 
     def prediction(self) -> dict[str, Any]:
         """The arguments of `wsis.offline.predict.predict`; InputError without a background."""
+        return {**self.passes(), **self.conclusion()}
+
+    def conclusion(self) -> dict[str, Any]:
+        """Those of `wsis.offline.predict.conclude`, what follows from the passes."""
         if self.background is None:
             raise InputError("the protocol must say a constant background score, got none")
         return {
-            **self.passes(),
             "background": self.background,
             "background_power": self.background_power,
             "gate": self.gate,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from wsis.config import TrainConfig
 from wsis.data.dataset import Dataset, open_dataset, read_image
+from wsis.engine import distributed
 from wsis.engine.build import build_model, open_split
 from wsis.engine.checkpoint import CheckpointStore
 from wsis.engine.device import pick_device
@@ -39,7 +41,8 @@ from wsis.evaluate.segmentation import (
 from wsis.models.rtc import RTC
 from wsis.models.weights import load_state, read_state
 from wsis.offline.masks import write_mask, write_picture
-from wsis.offline.predict import predict
+from wsis.offline.predict import Pass, conclude
+from wsis.offline.stream import stream_passes
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -89,6 +92,9 @@ def evaluate_run(
 ) -> str:
     """Score a trained run on its val split, its CAMs on its training split; write all of it down.
 
+    Processes of one `wsis.engine.distributed.session` share the images out; the first one writes
+    what one process alone would write, the others return an empty text.
+
     Writes `metrics.json`, `report.html` and `masks/` (palette PNGs). Numbers that need ground truth
     are left out where there is none.
 
@@ -115,14 +121,17 @@ def evaluate_run(
         background_choice=background_choice or _choice(config),
         checkpoint={"best": "best on val labels"}.get(weights, weights),
     )
-    result = evaluate_segmentation(model, val_set, protocol=protocol, out=out / "masks")
+    inputs: dict[str, Any] = {"loader": config.data.loader, "workers": config.data.workers}
+    result = evaluate_segmentation(model, val_set, protocol=protocol, out=out / "masks", **inputs)
     quality = None
     known = any(map(train_set.has_mask, range(len(train_set))))
     if config.supervision == "labels" and config.quality_images and known:
         limit = None if config.quality_images < 0 else config.quality_images
         quality = evaluate_cams(
-            model, train_set, protocol=protocol, limit=limit, rule=config.pseudo
+            model, train_set, protocol=protocol, limit=limit, rule=config.pseudo, **inputs
         )
+    if not distributed.is_main():
+        return ""
     write_json_atomic(out / "metrics.json", result | {"cams": quality})
     _report(config, folder, out, model, val_set, protocol, result, quality)
     table = [format_table(val_set.classes, result["scores"])]
@@ -146,13 +155,14 @@ def evaluate_masks(
     split: str,
     convention: str,
     unsure: Literal["wrong", "ignored"] | None = None,
+    workers: int = 2,
 ) -> str:
     """Score a folder of mask PNGs, whoever wrote them; returns the table as text.
 
     `unsure` says what a stored 255 means; None leaves it to the convention.
     """
     truth = open_dataset(dataset, root, split)
-    result = evaluate_folder(masks, truth, convention=convention, unsure=unsure)
+    result = evaluate_folder(masks, truth, convention=convention, unsure=unsure, workers=workers)
     table = format_table(truth.classes, result["scores"])
     return f"{table}\nprotocol: {result['protocol']['line']}"
 
@@ -179,14 +189,35 @@ def predict_files(
     model = load_model(config, folder, len(mask_ids), weights)
     protocol = Protocol(**asdict(config.predict))
     colours = class_colours(mask_ids)
-    for file, target in tqdm(zip(files, masks, strict=True), total=len(files), desc="predict"):
-        image = read_image(file)
-        mask = predict(model, image, **protocol.prediction()).mask.numpy()
-        write_mask(target, mask, mask_ids)
+    settings = protocol.conclusion()
+
+    def write(i: int, image: Image.Image, passes: list[Pass], _: None) -> None:
+        mask = conclude(passes, image, **settings).mask.numpy()
+        write_mask(masks[i], mask, mask_ids)
         if overlay:
             picture = Image.fromarray(overlay_mask(image, mask, colours))
-            write_picture(target.with_suffix(".overlay.jpg"), picture)
-    return len(files)
+            write_picture(masks[i].with_suffix(".overlay.jpg"), picture)
+
+    writing = stream_passes(
+        model,
+        _Files(files),
+        range(len(files)),
+        write,
+        **protocol.passes(),
+        decode=True,
+        loader=config.data.loader,
+        workers=config.data.workers,
+    )
+    with closing(writing):
+        return sum(1 for _ in tqdm(writing, total=len(files), desc="predict", unit="image"))
+
+
+class _Files:
+    """Image files, read like a data set."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.ids = [file.stem for file in files]
+        self.image_path, self.image = files.__getitem__, lambda i: read_image(files[i])
 
 
 def _targets(files: list[Path], out: Path) -> list[Path]:

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from wsis.data.threads import in_threads
+from wsis.engine import distributed
 from wsis.errors import InputError
 from wsis.evaluate.classification import ClassificationTally
 from wsis.evaluate.conventions import Tally, Unsure, scores
 from wsis.evaluate.protocols import PRESETS, Protocol
 from wsis.offline.masks import read_mask, write_mask
-from wsis.offline.predict import predict
+from wsis.offline.predict import Pass, conclude
+from wsis.offline.stream import stream_passes
 from wsis.ops.confusion import threshold_curve
 from wsis.types import IGNORE
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from wsis.data.dataset import Dataset
     from wsis.models.rtc import RTC
+
+T = TypeVar("T")
 
 THRESHOLDS = np.arange(60) / 100
 """Background scores of the sweep, 0 to 0.59 (ChunyanWang1/RTC eval.py)."""
@@ -37,8 +46,14 @@ def evaluate_segmentation(
     out: str | Path | None = None,
     limit: int | None = None,
     device: torch.device | str | None = None,
+    loader: str = "torch",
+    workers: int = 2,
 ) -> dict[str, Any]:
     """Predict the images of a data set without their labels and score the masks.
+
+    Reading, passes, and refinement, scoring and writing go on at the same time, see
+    `wsis.offline.stream`; memory grows by a few numbers per image only. Processes that torchrun
+    started share the images out and all return the same: what one process alone returns.
 
     Images without ground truth are left out; where none has any, all are predicted, and the scores
     of masks are None.
@@ -52,6 +67,8 @@ def evaluate_segmentation(
         out: folder for the predicted masks as palette PNGs ``<id>.png``; None writes none.
         limit: only so many images, spread evenly over the list.
         device: where the passes run; by default where the network's parameters lie.
+        loader: what decodes and resizes the images: `torch`, `dali` or `auto`.
+        workers: threads that read, and as many that refine, score and write; 0 has none.
 
     Returns:
         JSON-ready: ``protocol``; ``scores`` (`SegmentationScores.as_dict`); ``confusion``
@@ -65,21 +82,43 @@ def evaluate_segmentation(
     indices = images_to_score(dataset, limit) if scored else list(range(len(dataset)))
     size = len(dataset.classes) + 1
     protocol = protocol.on(dataset, indices)
+    settings = protocol.conclusion()
     tally = Tally(size, protocol.convention)
     curve = Curve(size)
-    classification = ClassificationTally(dataset.classes)
-    images = []
-    for index in tqdm(indices, desc="predict", unit="image"):
-        image, name = dataset.image(index), dataset.ids[index]
-        prediction = predict(model, image, **protocol.prediction(), device=device)
-        mask = prediction.mask.numpy()
-        if scored:
-            truth = dataset.mask(index)
-            images.append(_image_row(index, name, tally.add(mask, truth, name)))
+
+    def score(
+        index: int, image: Image.Image, passes: list[Pass], truth: np.ndarray | None
+    ) -> tuple[int, np.ndarray | None, np.ndarray]:
+        prediction = conclude(passes, image, **settings)
+        mask, counts, name = prediction.mask.numpy(), None, dataset.ids[index]
+        if truth is not None:
+            counts = tally.count(mask, truth, name)
             curve.add(prediction.scores.numpy(), truth)
-        classification.add(prediction.class_probs, dataset.labels[index])
         if out is not None:
             write_mask(Path(out) / f"{name}.png", mask, dataset.mask_ids)
+        return index, counts, prediction.class_probs.numpy()
+
+    classification = ClassificationTally(dataset.classes)
+    images = []
+    scoring = stream_passes(
+        model,
+        dataset,
+        distributed.share(indices),
+        score,
+        **protocol.passes(),
+        decode=True,
+        beside=dataset.mask if scored else None,
+        loader=loader,
+        workers=workers,
+        device=device,
+    )
+    with closing(scoring):
+        for index, counts, probs in with_bar(scoring, len(indices), "predict"):
+            if counts is not None:
+                tally.take(counts)
+                images.append(_image_row(index, dataset.ids[index], counts))
+            classification.add(probs, dataset.labels[index])
+    curve.merge()
     return {
         **_result(protocol, tally, images),
         "curve": _marked(curve.as_dict(protocol.convention), protocol) if scored else None,
@@ -94,8 +133,11 @@ def evaluate_folder(
     convention: str = "voc",
     unsure: Unsure | None = None,
     limit: int | None = None,
+    workers: int = 2,
 ) -> dict[str, Any]:
     """Score stored masks, whoever wrote them.
+
+    Under torchrun the processes share the masks out and all return the same.
 
     Args:
         masks: folder with ``<id>.png`` for every image of the data set, palette or 8-bit grey,
@@ -104,6 +146,7 @@ def evaluate_folder(
         convention: name of the mean IoU convention.
         unsure: what a stored 255 means: `wrong` or `ignored`; None leaves it to the convention.
         limit: score only so many images, spread evenly over the list.
+        workers: threads that read and score; 0 has none.
 
     Returns:
         As `evaluate_segmentation`, without curve and classification; ``coverage`` is the share
@@ -121,12 +164,20 @@ def evaluate_folder(
     tally = Tally(len(dataset.classes) + 1, convention, unsure=unsure)
     coverage = Coverage()
     images, indices = [], images_to_score(dataset, limit)
-    for index in tqdm(indices, desc="score", unit="image"):
-        truth, name = dataset.mask(index), dataset.ids[index]
-        path = folder / f"{name}.png"
+
+    def score(index: int) -> tuple[int, np.ndarray]:
+        truth, path = dataset.mask(index), folder / f"{dataset.ids[index]}.png"
         mask = read_mask(path, dataset.mask_ids)
-        images.append(_image_row(index, name, tally.add(mask, truth, str(path))))
+        counts = tally.count(mask, truth, str(path))
         coverage.add(mask, truth)
+        return index, counts
+
+    scoring = in_threads(score, distributed.share(indices), workers=workers)
+    with closing(scoring):
+        for index, counts in with_bar(scoring, len(indices), "score"):
+            tally.take(counts)
+            images.append(_image_row(index, dataset.ids[index], counts))
+    coverage.merge()
     result = _result(protocol.on(dataset, indices), tally, images)
     return {**result, "coverage": coverage.percent()}
 
@@ -147,7 +198,7 @@ def images_to_score(dataset: Dataset, limit: int | None) -> list[int]:
 
 
 class Curve:
-    """Mean IoU as a function of the constant background score.
+    """Mean IoU as a function of the constant background score. Threads may add together.
 
     Args:
         num_classes: C, background included.
@@ -159,6 +210,7 @@ class Curve:
     ) -> None:
         self.thresholds = np.asarray(thresholds, np.float32)
         self.confusion = np.zeros((len(self.thresholds), num_classes, num_classes), np.int64)
+        self._adding = Lock()
 
     def add(
         self, maps: np.ndarray, truth: np.ndarray, class_ids: Sequence[int] | None = None
@@ -167,7 +219,7 @@ class Curve:
 
         `class_ids` are those of the maps, where they are not 1 to K.
         """
-        self.confusion += threshold_curve(
+        counts = threshold_curve(
             np.ascontiguousarray(maps, np.float32),
             truth,
             self.thresholds,
@@ -175,6 +227,12 @@ class Curve:
             num_classes=self.confusion.shape[1],
             ignore_index=IGNORE,
         )
+        with self._adding:
+            self.confusion += counts
+
+    def merge(self) -> None:
+        """Sum over the processes: every one then holds what all of them counted."""
+        self.confusion = distributed.all_reduce_sum(torch.from_numpy(self.confusion)).numpy()
 
     def as_dict(self, convention: str) -> dict[str, Any]:
         """JSON-ready: thresholds, mean IoU at each, the best pair, and a warning."""
@@ -191,16 +249,24 @@ class Curve:
 
 
 class Coverage:
-    """Share of the labelled pixels on which a mask decides (is not 255)."""
+    """Share of the labelled pixels on which a mask decides (is not 255). For threads, too."""
 
     def __init__(self) -> None:
         self.decided = self.labelled = 0
+        self._adding = Lock()
 
     def add(self, mask: np.ndarray, truth: np.ndarray) -> None:
         """Count one image, both ``[H, W]``."""
         labelled = truth != IGNORE
-        self.labelled += int(labelled.sum())
-        self.decided += int((labelled & (mask != IGNORE)).sum())
+        counts = int(labelled.sum()), int((labelled & (mask != IGNORE)).sum())
+        with self._adding:
+            self.labelled += counts[0]
+            self.decided += counts[1]
+
+    def merge(self) -> None:
+        """Sum over the processes."""
+        counts = torch.tensor([self.labelled, self.decided])
+        self.labelled, self.decided = distributed.all_reduce_sum(counts).tolist()
 
     def percent(self) -> float | None:
         """The share in percent, None without labelled pixels."""
@@ -251,6 +317,14 @@ def _marked(curve: dict[str, Any], protocol: Protocol) -> dict[str, Any]:
 
 def _number(value: float | None) -> str:
     return "     -" if value is None else f"{value:6.2f}"
+
+
+def with_bar(own: Iterable[T], total: int, what: str) -> Generator[T, None, None]:
+    """All results in list order from this process's own, with a progress bar."""
+    results = distributed.in_order(own, total)
+    yield from tqdm(
+        results, desc=what, total=total, unit="image", disable=not distributed.is_main()
+    )
 
 
 def _image_row(index: int, name: str, counts: np.ndarray) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wsis.errors import InputError
-from wsis.offline.predict import SCALES, enlarge, run_passes
+from wsis.offline.predict import SCALES, Pass, enlarge, run_passes
 from wsis.ops.normalize import normalize_cams
 from wsis.pseudo import PseudoRule, make_pseudo_masks
 
@@ -75,6 +75,11 @@ def make_seeds(
     passes = run_passes(
         model, image, scales=scales, flip=flip, base_long=base_long, device=device, decode=False
     )
+    return seeds_of(passes, image, label)
+
+
+def seeds_of(passes: Sequence[Pass], image: Image.Image, label: np.ndarray | Tensor) -> Seeds:
+    """What follows from the passes of one image; as `make_seeds`."""
     with torch.inference_mode():
         layout: dict[str, Any] = {
             "pass_sizes": [p.size for p in passes],

@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import io
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,7 +34,7 @@ TEST_IMAGES = 1456
 
 def write_submission(
     dataset: Dataset,
-    mask_of: Callable[[int], NDArray[Any]],
+    masks: Iterable[NDArray[Any]],
     out: str | Path,
     *,
     competition: Competition = 6,
@@ -44,7 +44,7 @@ def write_submission(
 
     Args:
         dataset: the split whose images are wanted, VOC's classes or some of them.
-        mask_of: index -> ``[H, W]`` internal ids of the image, without 255.
+        masks: ``[H, W]`` internal ids of every image in the list's order, without 255.
         out: folder for ``results/``, ``results.tgz`` and ``manifest.json``.
         competition: 5 for training on VOC's trainval alone, 6 for anything else; ImageNet weights
             and SBD's images are something else.
@@ -67,9 +67,10 @@ def write_submission(
     out = Path(out)
     folder = Path("results/VOC2012/Segmentation") / f"comp{competition}_test_cls"
     hashes = {}
-    for index in tqdm(range(len(dataset)), desc="submission", unit="image"):
-        name, mask = dataset.ids[index], np.asarray(mask_of(index))
-        width, height = dataset.image(index).size
+    given = tqdm(masks, desc="submission", total=len(dataset), unit="image")
+    for index, values in zip(range(len(dataset)), given, strict=True):
+        name, mask = dataset.ids[index], np.asarray(values)
+        height, width = dataset.image_size(index)
         if mask.shape != (height, width):
             raise InputError(
                 f"image '{name}': the mask must be {height} x {width}, got {list(mask.shape)}"

@@ -28,7 +28,7 @@ from nvidia.dali import math as dali_math
 from wsis.data.color import BRIGHTNESS, CONTRAST, HUE, hue_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from wsis.data.augment import Draw, Triple
 
@@ -59,11 +59,7 @@ def build_pipeline(
         std: of the image in [0, 1].
     """
     on_gpu = device_id is not None
-
-    def given(name: str, *, here: bool = False) -> Any:
-        """An input, on the CPU where an argument is wanted, else where the images are."""
-        node = fn.external_source(name=name)
-        return node.gpu() if on_gpu and not here else node
+    given = inputs(on_gpu)
 
     @pipeline_def(
         batch_size=batch_size,
@@ -73,32 +69,7 @@ def build_pipeline(
         enable_conditionals=True,
     )
     def graph():
-        image = fn.decoders.image(
-            fn.external_source(name="file"),
-            device="mixed" if on_gpu else "cpu",
-            output_type=types.RGB,
-            adjust_orientation=False,
-            jpeg_fancy_upsampling=True,
-        )
-        for axis in ("x", "y"):
-            image = fn.slice(
-                image,
-                start=given(f"{axis}_start", here=True),
-                shape=given(f"{axis}_shape", here=True),
-                axes=[0, 1],
-                out_of_bounds_policy="pad",
-                fill_values=0,
-            )
-            image = fn.resize(
-                image,
-                size=given(f"{axis}_size", here=True),
-                roi_start=given(f"{axis}_from", here=True),
-                roi_end=given(f"{axis}_to", here=True),
-                interp_type=types.INTERP_CUBIC,
-                antialias=True,
-                dtype=types.FLOAT,
-            )
-            image = fn.cast(image * given(f"{axis}_gain"), dtype=types.UINT8)
+        image = resized(decoded(on_gpu), given)
         for k in range(stages):
             kind = given(f"kind{k}", here=True)
             image = _adjust(image, kind, given(f"factor{k}"))
@@ -121,6 +92,92 @@ def build_pipeline(
     return pipeline
 
 
+def inputs(on_gpu: bool) -> Callable[..., Any]:
+    """A function of a name that makes an input: where the images are, or `here` on the CPU, where
+    an argument is wanted."""
+
+    def given(name: str, *, here: bool = False) -> Any:
+        node = fn.external_source(name=name)
+        return node.gpu() if on_gpu and not here else node
+
+    return given
+
+
+def decoded(on_gpu: bool) -> Any:
+    """The input `file` as `[H, W, 3] uint8` RGB, as Pillow decodes it."""
+    return fn.decoders.image(
+        fn.external_source(name="file"),
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+    )
+
+
+def resized(image: Any, given: Callable[..., Any], name: str = "") -> Any:
+    """The image at the size that `resize_row` and `resize_gains` were given under a name."""
+    for axis in (f"{name}x", f"{name}y"):
+        image = fn.slice(
+            image,
+            start=given(f"{axis}_start", here=True),
+            shape=given(f"{axis}_shape", here=True),
+            axes=[0, 1],
+            out_of_bounds_policy="pad",
+            fill_values=0,
+        )
+        image = fn.resize(
+            image,
+            size=given(f"{axis}_size", here=True),
+            roi_start=given(f"{axis}_from", here=True),
+            roi_end=given(f"{axis}_to", here=True),
+            interp_type=types.INTERP_CUBIC,
+            antialias=True,
+            dtype=types.FLOAT,
+        )
+        image = fn.cast(image * given(f"{axis}_gain"), dtype=types.UINT8)
+    return image
+
+
+def resize_row(old: tuple[int, int], new: tuple[int, int], name: str = "") -> dict[str, Any]:
+    """Inputs of `resized` for one image, by name; heights and widths before and after."""
+    (height, width), (new_height, new_width) = old, new
+    x_pad, y_pad = _reach(width, new_width), _reach(height, new_height)
+    return {
+        f"{name}x_start": (0, -x_pad),
+        f"{name}x_shape": (height, width + 2 * x_pad),
+        f"{name}x_size": (height, new_width),
+        f"{name}x_from": (0, x_pad),
+        f"{name}x_to": (height, x_pad + width),
+        f"{name}y_start": (-y_pad, 0),
+        f"{name}y_shape": (height + 2 * y_pad, new_width),
+        f"{name}y_size": (new_height, new_width),
+        f"{name}y_from": (y_pad, 0),
+        f"{name}y_to": (y_pad + height, new_width),
+    }
+
+
+def resize_gains(
+    pairs: Sequence[tuple[tuple[int, int], tuple[int, int]]], name: str = ""
+) -> dict[str, Any]:
+    """The other inputs of `resized`, for the images of a batch: sizes before and after."""
+    return {
+        f"{name}x_gain": [_gain(old[1], new[1])[None, :, None] for old, new in pairs],
+        f"{name}y_gain": [_gain(old[0], new[0])[:, None, None] for old, new in pairs],
+    }
+
+
+def as_arrays(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Rows of one batch, one for each image, as DALI's inputs by name."""
+    whole = ("start", "shape", "flip")
+    return {
+        name: np.array(
+            [row[name] for row in rows],
+            np.int32 if name.endswith(whole) or name.startswith("kind") else np.float32,
+        )
+        for name in rows[0]
+    }
+
+
 def feeds(
     files: Sequence[np.ndarray],
     sizes: Sequence[tuple[int, int]],
@@ -139,20 +196,9 @@ def feeds(
         stages: as given to `build_pipeline`.
     """
     rows: list[dict[str, Any]] = []
-    for (height, width), drawn in zip(sizes, draws, strict=True):
-        new_height, new_width = drawn.size
-        x_pad, y_pad = _reach(width, new_width), _reach(height, new_height)
+    for size, drawn in zip(sizes, draws, strict=True):
         row: dict[str, Any] = {
-            "x_start": (0, -x_pad),
-            "x_shape": (height, width + 2 * x_pad),
-            "x_size": (height, new_width),
-            "x_from": (0, x_pad),
-            "x_to": (height, x_pad + width),
-            "y_start": (-y_pad, 0),
-            "y_shape": (height + 2 * y_pad, new_width),
-            "y_size": (new_height, new_width),
-            "y_from": (y_pad, 0),
-            "y_to": (y_pad + height, new_width),
+            **resize_row(size, drawn.size),
             "flip": drawn.flip,
             "place_y": _position(drawn, 0, crop),
             "place_x": _position(drawn, 1, crop),
@@ -162,15 +208,8 @@ def feeds(
             factor = drawn.factors[kind]
             row |= {f"kind{k}": kind, f"factor{k}": hue_steps(factor) if kind == HUE else factor}
         rows.append(row)
-    fed: dict[str, Any] = {}
-    for name in rows[0]:
-        whole = name.endswith(("start", "shape", "flip")) or name.startswith("kind")
-        fed[name] = np.array([row[name] for row in rows], np.int32 if whole else np.float32)
-    pairs = list(zip(sizes, draws, strict=True))
-    fed["file"] = list(files)
-    fed["x_gain"] = [_gain(old[1], drawn.size[1])[None, :, None] for old, drawn in pairs]
-    fed["y_gain"] = [_gain(old[0], drawn.size[0])[:, None, None] for old, drawn in pairs]
-    return fed
+    pairs = [(old, drawn.size) for old, drawn in zip(sizes, draws, strict=True)]
+    return {"file": list(files), **as_arrays(rows), **resize_gains(pairs)}
 
 
 def _reach(old: int, new: int) -> int:

@@ -93,8 +93,10 @@ def build_pipeline(
 
 
 def inputs(on_gpu: bool) -> Callable[..., Any]:
-    """A function of a name that makes an input: where the images are, or `here` on the CPU, where
-    an argument is wanted."""
+    """A function of a name that makes an input: where the images are, or `here` on the CPU.
+
+    DALI takes arguments of operators from the CPU.
+    """
 
     def given(name: str, *, here: bool = False) -> Any:
         node = fn.external_source(name=name)

@@ -106,6 +106,8 @@ def predict(
         background=background,
         background_power=background_power,
         gate=gate,
+        fuse=fuse,
+        class_cut=class_cut,
         crf=crf,
     )
 
@@ -117,12 +119,14 @@ def conclude(
     background: float = BACKGROUND_SCORE,
     background_power: float | None = None,
     gate: bool = True,
+    fuse: str = "mean",
+    class_cut: float | None = None,
     crf: str = "none",
 ) -> Prediction:
     """What follows from the passes of one image; the arguments are those of `predict`.
 
     Raises:
-        InputError: the scores are not finite, or there is no such preset.
+        InputError: the scores are not finite, or there is no such preset or rule.
     """
     with torch.inference_mode():
         logits = [m for p in passes if (m := p.maps.logits) is not None]

@@ -26,8 +26,8 @@ def test_without_a_launch(monkeypatch):
         assert device == torch.device("cpu")
         assert (distributed.rank(), distributed.world_size()) == (0, 1)
         assert distributed.is_main()
-        values = {"b": torch.tensor(2.0), "a": 0.5}
-        assert list(distributed.all_reduce_mean(values).items()) == [("b", 2.0), ("a", 0.5)]
+        values = {"b": torch.tensor(2.0), "a": torch.tensor(0.5, dtype=torch.float64)}
+        assert list(distributed.mean_values(values).items()) == [("b", 2.0), ("a", 0.5)]
         assert distributed.from_main(lambda: 3) == 3
         assert distributed.gather_objects({1: "a"}) == [{1: "a"}]
         assert distributed.any_rank(True) is True
@@ -80,7 +80,8 @@ WORKER = """
     with distributed.session("cpu", timeout=8) as device:
         rank, world = distributed.rank(), distributed.world_size()
         found = {"rank": rank, "world": world, "main": distributed.is_main()}
-        found["mean"] = distributed.all_reduce_mean({"b": torch.tensor(2.0 + rank), "a": rank})
+        mine = {"b": torch.tensor(2.0 + rank), "a": torch.tensor(float(rank))}
+        found["mean"] = distributed.mean_values(mine)
         found["any"] = [distributed.any_rank(rank == 1), distributed.any_rank(False)]
         found["main's"] = distributed.from_main(lambda: ["of", rank])
         found["each"] = distributed.gather_objects({"of": rank})

@@ -130,16 +130,17 @@ def _device() -> torch.device:
     return default_device() if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def all_reduce_mean(values: Mapping[str, float | Tensor]) -> dict[str, float]:
-    """Mean over processes of named scalars, in float64; all processes give the same names."""
-    means = {name: float(value) for name, value in values.items()}
-    if world_size() == 1 or not means:
-        return means
-    names = sorted(means)
-    packed = torch.tensor([means[name] for name in names], dtype=torch.float64, device=_device())
-    dist.all_reduce(packed)
-    reduced = dict(zip(names, (packed / world_size()).tolist(), strict=True))
-    return {name: reduced[name] for name in means}
+def mean_values(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean over processes of named scalars, in float64; the host waits for the device once.
+
+    Args:
+        values: ``[]`` each, on the device of this process; the same names in every process.
+    """
+    packed = torch.stack([value.detach().double() for value in values.values()])
+    if world_size() > 1:
+        dist.all_reduce(packed)
+        packed /= world_size()
+    return dict(zip(values, packed.tolist(), strict=True))
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

@@ -192,10 +192,11 @@ def corrected_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tens
 
     @torch.no_grad()
     def update(averaged: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor) -> None:
-        share = (1 - decay) / (1 - decay ** (updates.double() + 1))
+        # AveragedModel counts on the CPU, where reading waits for nothing.
+        share = (1 - decay) / (1 - decay ** (int(updates) + 1))
         for mean, value in zip(averaged, current, strict=True):
             if mean.is_floating_point():
-                mean.lerp_(value, share.to(mean.device, mean.dtype))
+                mean.lerp_(value, share)
             else:
                 mean.copy_(value)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from wsis.config import PseudoConfig
 from wsis.data.views import second_view
+from wsis.losses.equivariance import ClassCounts
 from wsis.losses.rtc import RtcWeights, rtc_losses
 from wsis.losses.supervised import supervised_losses
 from wsis.models.rtc import RTC
@@ -50,6 +52,7 @@ def weak_losses(
     weights: RtcWeights,
     pseudo: PseudoConfig,
     segment: bool,
+    counts: ClassCounts | None = None,
 ) -> dict[str, Tensor]:
     """Losses of the method from image-level labels alone.
 
@@ -62,6 +65,7 @@ def weak_losses(
         weights: the method's terms and switches.
         pseudo: rule of the online pseudo masks.
         segment: whether the decoder learns yet.
+        counts: of the batch's labels; with them nothing in here waits for a GPU.
 
     Returns:
         Named scalars with `total`.
@@ -80,6 +84,7 @@ def weak_losses(
         view2_size=view2_size,
         weights=weights,
         pseudo_masks=masks,
+        counts=counts,
     )
 
 
@@ -92,8 +97,9 @@ def mirrored(maps: Maps) -> Maps:
 @torch.no_grad()
 def pseudo_masks(model: RTC, batch: Batch, maps: Maps, pseudo: PseudoConfig) -> Tensor:
     """Online pseudo masks `[B, H, W] int64` (0..K, 255) of view 1."""
-    mean = batch.image.new_tensor(model.backbone.mean).view(1, 3, 1, 1)
-    std = batch.image.new_tensor(model.backbone.std).view(1, 3, 1, 1)
+    like = (batch.image.dtype, batch.image.device)
+    mean = _per_channel(tuple(model.backbone.mean), *like)
+    std = _per_channel(tuple(model.backbone.std), *like)
     return make_pseudo_masks(
         refined_or_cam_scores(maps, batch.label, tuple(batch.image.shape[-2:])),
         batch.image * std + mean,
@@ -101,6 +107,13 @@ def pseudo_masks(model: RTC, batch: Batch, maps: Maps, pseudo: PseudoConfig) -> 
         batch.valid_box,
         **pseudo.arguments(),
     )
+
+
+@lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[1, C, 1, 1]``, made once: to send it in each step would wait for the device."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
 
 
 def mask_losses(supervised: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ from wsis.engine.quarantine import quarantine
 from wsis.engine.step import Siamese, Supervised, mask_losses, weak_losses
 from wsis.engine.validate import classification_map
 from wsis.errors import InputError
+from wsis.losses.equivariance import ClassCounts, count_classes
 from wsis.models.rtc import RTC
 from wsis.types import Batch
 
@@ -260,7 +262,7 @@ class Trainer:
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
     def _parts(self, batch: Batch) -> Iterator[Batch]:
-        """The batch in `accumulate` equal parts."""
+        """The batch in `accumulate` equal parts, on the CPU but for what the loader put there."""
         count = self.config.optim.accumulate
         size = len(batch.image) // count
         for k in range(count):
@@ -273,7 +275,7 @@ class Trainer:
                 None if batch.mask is None else batch.mask[part],
             )
 
-    def _losses(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
+    def _losses(self, batch: Batch, epoch: int, counts: ClassCounts) -> dict[str, Tensor]:
         if self.config.supervision == "masks":
             return mask_losses(self.network, batch)
         weights = self.config.loss
@@ -288,10 +290,15 @@ class Trainer:
             weights=weights,
             pseudo=self.config.pseudo,
             segment=epoch >= self.segment_from and weights.seg > 0,
+            counts=counts,
         )
 
-    def _train_step(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
-        """One optimiser step. Raises NonFiniteError before any weight moves."""
+    def _train_step(self, batch: Batch, epoch: int) -> dict[str, float]:
+        """One optimiser step; returns the losses, their mean over all processes.
+
+        The host waits for the device once, before the weights move, and reads the losses and the
+        norm of the gradient together. Raises NonFiniteError, then in every process.
+        """
         optim = self.config.optim
         self._seed_step()
         factor = poly_factor(
@@ -303,21 +310,24 @@ class Trainer:
         set_lr(self.optimizer, factor)
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
-        for k, part in enumerate(self._parts(batch.to(self.device))):
+        for k, part in enumerate(self._parts(batch)):
             with distributed.synced(self.network, last=k + 1 == optim.accumulate):
                 with torch.autocast(
                     self.device.type, AMP_DTYPES.get(optim.amp), enabled=optim.amp != "off"
                 ):
-                    losses = self._losses(part, epoch)
+                    # Counted before the labels leave the CPU.
+                    counts = count_classes(part.label)
+                    losses = self._losses(part.to(self.device), epoch, counts)
                 self.scaler.scale(losses["total"] / optim.accumulate).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() / optim.accumulate
         self.scaler.unscale_(self.optimizer)
         norm = finite_norm(self.model.parameters(), optim.clip)
+        values = distributed.mean_values({**sums, "norm": norm})
         # A gradient that overflows in fp16 is the scaler's business: it skips the step and lowers
         # its scale. A loss that is not finite is nobody's.
-        watched = sums["total"] if self.scaler.is_enabled() else norm + sums["total"]
-        if not bool(torch.isfinite(watched)):
+        watched = values.pop("norm")
+        if not math.isfinite(values["total"] + (0.0 if self.scaler.is_enabled() else watched)):
             names = [self.train_set.ids[i] for i in batch.index.tolist()]
             terms = {name: float(value) for name, value in sums.items()}
             raise NonFiniteError(
@@ -329,7 +339,7 @@ class Trainer:
         self.scaler.update()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
-        return sums
+        return values
 
     def _validate(self) -> float:
         value = classification_map(
@@ -379,9 +389,8 @@ class Trainer:
         every = self.config.save_every
         self._clock = time.monotonic()
         for batch in self.loader.epoch(epoch, start):
-            losses = self._train_step(batch, epoch)
+            values = self._train_step(batch, epoch)
             self.step += 1
-            values = distributed.all_reduce_mean(losses)
             self.means.update(values)
             self._lap()
             if self.log is not None:

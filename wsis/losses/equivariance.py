@@ -10,7 +10,7 @@ Sizes: ``B`` batch, ``K`` foreground classes, ``C = K + 1``, ``P`` most classes 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -21,19 +21,54 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def present_classes(label: Tensor) -> tuple[Tensor, Tensor]:
+class ClassCounts(NamedTuple):
+    """How many classes a batch has: sizes that losses need before they can be computed.
+
+    Attributes:
+        image: classes of the fullest image, ``P``.
+        batch: classes of all images together.
+    """
+
+    image: int
+    batch: int
+
+
+def count_classes(label: Tensor) -> ClassCounts:
+    """Counts of a label ``[B, K]``, multi-hot; waits for its device where it is not on the CPU."""
+    present = label > 0
+    both = torch.stack([present.sum(dim=1).amax(), present.any(dim=0).sum()])
+    return ClassCounts(*both.tolist())
+
+
+def present_classes(label: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """Channels that occur in each image, in ascending order, padded to the fullest image.
 
     Args:
         label: ``[B, K]``, multi-hot.
+        most: ``ClassCounts.image`` of this label; counted by default.
 
     Returns:
         Channel indices ``[B, P] int64`` and their labels ``[B, P]`` (0 where padded), ``P >= 1``.
     """
-    most = max(int((label > 0).sum(dim=1).max()), 1)
-    order = (label > 0).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    index = order[:, :most]
+    most = count_classes(label).image if most is None else most
+    index = _ones_first(label)[:, : max(most, 1)]
     return index, label.gather(1, index)
+
+
+def classes_of_batch(label: Tensor, count: int | None = None) -> Tensor:
+    """Channels ``[M] int64`` that occur in any image, in ascending order.
+
+    Args:
+        label: ``[B, K]``, multi-hot.
+        count: ``ClassCounts.batch`` of this label; counted by default.
+    """
+    count = count_classes(label).batch if count is None else count
+    return _ones_first(label.amax(dim=0))[:count]
+
+
+def _ones_first(label: Tensor) -> Tensor:
+    """Order of the last axis that puts what is present first, each part in ascending order."""
+    return (label > 0).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
 
 
 def take_channels(maps: Tensor, index: Tensor) -> Tensor:

@@ -105,6 +105,7 @@ def rtc_losses(
     view2_size: int | tuple[int, int],
     weights: RtcWeights | None = None,
     pseudo_masks: Tensor | None = None,
+    counts: equivariance.ClassCounts | None = None,
 ) -> dict[str, Tensor]:
     """All loss terms of one training step, computed in float32.
 
@@ -118,6 +119,7 @@ def rtc_losses(
         weights: weights and constants; RTC's by default.
         pseudo_masks: ``[B, H, W] int64``, 0..K and 255; None leaves the segmentation loss out, as
             in the first epochs.
+        counts: of `label`, where the caller has it on the CPU: then nothing waits for the device.
 
     Returns:
         Scalars before their weights: ``cls``, ``er``; with refined CAMs also ``min_pool``, ``ecr``,
@@ -130,12 +132,13 @@ def rtc_losses(
     weights = RtcWeights() if weights is None else weights
     with torch.autocast(label.device.type, enabled=False):
         label = label.float()
+        counts = equivariance.count_classes(label) if counts is None else counts
         grid = (view2_size, view2_size) if isinstance(view2_size, int) else tuple(view2_size)
         views = (view1, view2)
         terms = {
             "cls": _mean([multilabel_soft_margin(as_float(v.class_logits), label) for v in views])
         }
-        terms |= _map_terms(views, label, (tuple(image_size), grid), weights)
+        terms |= _map_terms(views, label, (tuple(image_size), grid), weights, counts)
         if pseudo_masks is not None and weights.seg:
             if view1.logits is None:
                 raise InputError(
@@ -165,10 +168,11 @@ def _map_terms(
     label: Tensor,
     sizes: tuple[tuple[int, int], tuple[int, int]],
     weights: RtcWeights,
+    counts: equivariance.ClassCounts,
 ) -> dict[str, Tensor]:
     """Terms between CAMs and refined CAMs; view 2's size is the common grid."""
     grid, classes = sizes[1], label.shape[1]
-    index, present = equivariance.present_classes(label)
+    index, present = equivariance.present_classes(label, counts.image)
 
     cams = []
     for view, size in zip(views, sizes, strict=True):
@@ -194,7 +198,9 @@ def _map_terms(
     terms["ecr"] = torch.stack(directions).sum()
 
     if weights.ctr or weights.com:
-        terms |= _contrast_terms(views, label, cams, (index, present), weights)
+        classes_present = equivariance.classes_of_batch(label, counts.batch)
+        selection = (index, present, classes_present)
+        terms |= _contrast_terms(views, label, cams, selection, weights)
     return terms
 
 
@@ -202,7 +208,7 @@ def _contrast_terms(
     views: tuple[Maps, Maps],
     label: Tensor,
     cams: list[Tensor],
-    selection: tuple[Tensor, Tensor],
+    selection: tuple[Tensor, Tensor, Tensor],
     weights: RtcWeights,
 ) -> dict[str, Tensor]:
     """Contrastive terms and compensator, on the feature grid of view 2."""
@@ -243,8 +249,7 @@ def _contrast_terms(
             ]
             terms[name] = weights.nce_scale * _mean(per_view)
     if weights.com:
-        index, present = selection
-        classes = label.any(dim=0).nonzero().flatten() + 1
+        index, present, classes = selection
         per_view = []
         for v, other in ((0, 1), (1, 0)):
             completed = compensator.compensate(
@@ -252,7 +257,7 @@ def _contrast_terms(
                 tops[v],
                 units[other].detach(),
                 F.normalize(pools[other], dim=1),
-                classes,
+                classes + 1,
                 weights.attention_temperature,
             )
             per_view.append(

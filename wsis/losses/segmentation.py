@@ -38,12 +38,13 @@ def segmentation_loss(
         Scalar; 0, with a zero gradient, when no image takes part.
     """
     batch, channels = logits.shape[:2]
-    pixels = _class_pixels(masks, channels)
+    pixels, logits_in = _class_pixels(masks, channels), logits
     if gate:
         chosen = (pixels > 0).sum(dim=1) == (label > 0).sum(dim=1) + 1
-        logits_in, masks, pixels = logits[chosen], masks[chosen], pixels[chosen]
-    else:
-        logits_in = logits
+        if logits.is_cuda:  # to select would wait for the device
+            masks = masks.masked_fill(~chosen[:, None, None], IGNORE)
+        else:
+            logits_in, masks, pixels = logits[chosen], masks[chosen], pixels[chosen]
     if len(logits_in) == 0:
         return logits.sum() * 0
     loss = F.cross_entropy(
@@ -63,5 +64,6 @@ def _class_pixels(masks: Tensor, channels: int) -> Tensor:
     offset = torch.arange(batch, device=masks.device)[:, None] * channels
     ids = masks.flatten(1)
     slot = torch.where(ids == IGNORE, batch * channels, ids + offset)
-    counts = torch.bincount(slot.flatten(), minlength=batch * channels + 1)
+    counts = slot.new_zeros(batch * channels + 1)  # bincount would wait for the device
+    counts.scatter_add_(0, slot.flatten(), torch.ones_like(slot).flatten())
     return counts[:-1].view(batch, channels)

@@ -155,6 +155,9 @@ class PredictConfig:
         background_power: where set, the decoder's own background probability to this power takes
             the constant's place (1-stage-wseg uses 3).
         gate: multiply each class by its image-level probability.
+        fuse: how the passes become one answer, a key of `wsis.offline.fuse.FUSES`; `mean` is RTC's.
+        class_cut: where set, classes whose image-level probability exceeds it in no pass are
+            removed (1-stage-wseg uses 0.1).
         base_long: first resize the long side to this, for networks trained at small crops;
             null keeps the image as it is.
         convention: how IoU is averaged over classes (see `wsis evaluate --help`).
@@ -166,6 +169,8 @@ class PredictConfig:
     background: float = 0.17
     background_power: float | None = None
     gate: bool = True
+    fuse: str = "mean"
+    class_cut: float | None = None
     base_long: int | None = None
     convention: str = "voc"
     crf: str = "none"

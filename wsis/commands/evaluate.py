@@ -56,7 +56,8 @@ def evaluate(arguments: list[str]) -> int:
         "--convention",
         type=str | None,
         default=None,
-        help="how IoU treats absent classes and odd pixels: voc | rtc | toco | irn | pamr | mmseg",
+        help="how IoU treats absent classes and odd pixels: "
+        "voc | voc-devkit | rtc | toco | toco-pseudo | irn | pamr | mmseg | torchmetrics",
     )
     parser.add_argument(
         "--unsure", type=Literal["wrong", "ignored"] | None, default=None, help="255 in --masks"

@@ -1,9 +1,12 @@
-"""Mean IoU under the six conventions of this field.
+"""Mean IoU under the conventions of this field.
 
 All of them count one confusion matrix over the whole split, leave out pixels whose ground truth is
 255 and take ``IoU_c = TP / (TP + FP + FN)``. They differ in what an out-of-range prediction counts
 as, which classes enter the mean, and the precision of the sums; on a subset, on own data or on
 COCO the same masks get different numbers. Percentages throughout.
+
+Where the others print and go on, all of these raise: a missing file (1-stage-wseg), a mask of
+another size, ground truth that is neither a class nor 255.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from wsis.errors import InputError
 from wsis.ops.confusion import confusion_matrix
 from wsis.types import BACKGROUND, IGNORE
 
+Unsure = Literal["wrong", "ignored"]
+
 
 @dataclass(frozen=True)
 class Convention:
@@ -29,31 +34,42 @@ class Convention:
             true class only); `background` (255 becomes 0, others are errors); `cell` (lands at
             flat index C * truth + prediction of the matrix; past its end it is an error).
         mean_over: classes in the mean: `defined` (in truth or prediction; with an epsilon a class
-            that is nowhere counts 0), `truth` (in the ground truth).
+            that is nowhere counts 0), `truth` (in the ground truth), `all` (a class that is nowhere
+            leaves no mean).
         epsilon: added to the union.
-        single: sums in float32 image by image, results rounded to two decimals.
+        sums: `double`; `single` (float32 from the integer matrix on); `single_by_image` (float32
+            image by image, results rounded to two decimals).
+        unsure: what a predicted 255 is, where the caller does not say: see `Tally`.
+        most_ids: whether more than C + 1 different ids in one predicted image are an error.
     """
 
     source: str
     outside: Literal["error", "error_anywhere", "missed", "background", "cell"]
-    mean_over: Literal["defined", "truth"]
+    mean_over: Literal["defined", "truth", "all"]
     epsilon: float = 0.0
-    single: bool = False
+    sums: Literal["double", "single", "single_by_image"] = "double"
+    unsure: Unsure | None = None
+    most_ids: bool = False
 
 
 CONVENTIONS = {
     "voc": Convention(
         "VOC devkit VOCevalseg, absent classes left out", "error_anywhere", "defined"
     ),
+    "voc-devkit": Convention("VOC devkit VOCevalseg to the letter", "error_anywhere", "all"),
     "rtc": Convention("RTC eval.py = SEAM, PSA evaluation.py", "missed", "defined", epsilon=1e-10),
-    "toco": Convention("ToCo, AFA utils/evaluate.py", "cell", "truth"),
-    "irn": Convention("IRN eval_sem_seg.py (chainercv)", "background", "defined"),
+    "toco": Convention("ToCo, AFA utils/evaluate.py scores", "cell", "truth"),
+    "toco-pseudo": Convention(
+        "ToCo, AFA utils/evaluate.py pseudo_scores", "cell", "truth", unsure="ignored"
+    ),
+    "irn": Convention("IRN eval_cam.py, eval_sem_seg.py (chainercv)", "background", "defined"),
     "pamr": Convention("1-stage-wseg eval_seg.py", "error", "defined", epsilon=1e-20),
-    "mmseg": Convention("mmsegmentation IoUMetric", "missed", "defined", single=True),
+    "mmseg": Convention("mmsegmentation IoUMetric", "missed", "defined", sums="single_by_image"),
+    "torchmetrics": Convention(
+        "torchmetrics JaccardIndex, macro", "cell", "defined", sums="single", most_ids=True
+    ),
 }
 """The conventions by name; `voc` is the default everywhere."""
-
-Unsure = Literal["wrong", "ignored"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,7 @@ class SegmentationScores:
     Attributes:
         convention: name of the convention.
         iou: per class, background first, C values.
-        miou: mean over the classes that the convention counts.
+        miou: mean over the classes that the convention counts; None where it has none.
         miou_foreground: the same without background.
         pixel_accuracy: share of labelled pixels predicted right.
         mean_accuracy: mean over classes of the share of their pixels predicted right.
@@ -122,7 +138,7 @@ class Tally:
         convention: a key of `CONVENTIONS`.
         unsure: what a predicted 255 is: `wrong` (counts against the true class), `ignored` (the
             pixel leaves the score, as in ToCo's and AFA's pseudo_scores); None leaves it to the
-            convention's rule for ids outside 0..K.
+            convention.
     """
 
     def __init__(
@@ -132,8 +148,8 @@ class Tally:
             raise InputError(f"unsure must be 'wrong', 'ignored' or None, got {unsure!r}")
         self.num_classes = num_classes
         self.convention = convention
-        self.unsure = unsure
         self.rule = get_convention(convention)
+        self.unsure = unsure or self.rule.unsure
         self.confusion = np.zeros((num_classes, num_classes + 1), np.int64)
         self._total = _areas(self.confusion, self.rule)
 
@@ -160,11 +176,14 @@ class Tally:
     def take(self, counts: np.ndarray) -> None:
         """Add what `count` returned, here or in another process, to the running matrix."""
         self.confusion += counts
-        self._total = self._total + _areas(counts, self.rule)
+        if self.rule.sums == "single_by_image":
+            self._total = self._total + _areas(counts, self.rule)
 
     def scores(self) -> SegmentationScores:
         """Scores of everything counted so far."""
-        return _score(self._total, self.convention)
+        by_image = self.rule.sums == "single_by_image"
+        areas = self._total if by_image else _areas(self.confusion, self.rule)
+        return _score(areas, self.convention)
 
     def count(self, prediction: np.ndarray, truth: np.ndarray, name: str = "mask") -> np.ndarray:
         """The matrix of one image, as `add`, without adding it; threads may call it together."""
@@ -181,6 +200,11 @@ class Tally:
         if strange.any():
             raise InputError(
                 f"{name}: ground truth must hold 0..{size - 1} or {IGNORE}, got {truth[strange][0]}"
+            )
+        if self.rule.most_ids and len(np.unique(prediction)) > size + 1:
+            raise InputError(
+                f"{name}: convention '{self.convention}' takes at most {size + 1} different ids in "
+                f"an image, got {len(np.unique(prediction))}; write class ids only"
             )
         undecided = prediction == IGNORE
         missed = undecided & (self.unsure == "wrong")
@@ -229,16 +253,18 @@ class Tally:
 
 def _areas(confusion: np.ndarray, rule: Convention) -> np.ndarray:
     """Intersection, union, ground-truth area of each class: ``[3, C]``, int64 or float32."""
+    if rule.sums == "single":
+        confusion = confusion.astype(np.float32)
     size = len(confusion)
     intersection = np.diagonal(confusion)
     truth, predicted = confusion.sum(axis=1), confusion[:, :size].sum(axis=0)
-    areas = np.stack([intersection, truth + predicted - intersection, truth])
-    return areas.astype(np.float32) if rule.single else areas.astype(np.int64)
+    areas = np.stack([intersection, predicted + truth - intersection, truth])
+    return areas.astype(np.int64 if rule.sums == "double" else np.float32)
 
 
 def _score(areas: np.ndarray, convention: str) -> SegmentationScores:
     rule = get_convention(convention)
-    intersection, union, truth = areas if rule.single else areas.astype(np.float64)
+    intersection, union, truth = areas.astype(np.float64) if rule.sums == "double" else areas
     with np.errstate(divide="ignore", invalid="ignore"):
         iou = intersection / (union + intersection.dtype.type(rule.epsilon))
         class_accuracy = intersection / truth
@@ -248,10 +274,15 @@ def _score(areas: np.ndarray, convention: str) -> SegmentationScores:
     def percent(ratio: np.floating) -> float | None:
         if not np.isfinite(ratio):
             return None
-        return round(float(np.round(100 * ratio, 2)), 2) if rule.single else 100 * float(ratio)
+        if rule.sums == "single_by_image":
+            return round(float(np.round(100 * ratio, 2)), 2)
+        return 100 * float(ratio)
 
     def mean(ratios: np.ndarray) -> float | None:
-        return percent(np.nanmean(ratios)) if np.isfinite(ratios).any() else None
+        undefined = ~np.isfinite(ratios)
+        if undefined.all() or (rule.mean_over == "all" and undefined.any()):
+            return None
+        return percent(np.nanmean(ratios))
 
     return SegmentationScores(
         convention=convention,

@@ -1,4 +1,7 @@
-"""What has to be said next to every number: how it came about."""
+"""What has to be said next to every number: how it came about.
+
+`wsis.evaluate.named` holds the protocols of the repositories by name.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,9 @@ class Protocol:
             instead of a constant.
         background_choice: how the background score was chosen; where empty, `describe` says who
             chose 0.17 and that any other value was set by the user.
-        fuse: how passes become one map.
+        fuse: how passes become one map: a key of `wsis.offline.fuse.FUSES`, or words.
+        class_cut: classes whose image-level probability exceeds it in no pass are removed; None
+            removes none.
         crf: preset of a dense CRF on the predicted scores, or `none`.
         image_labels: whether ground-truth image labels were used.
         checkpoint: which weights: `last`, `best on val labels`, ...
@@ -41,6 +46,8 @@ class Protocol:
         images: how many images were scored.
         list_hash: first 12 hex digits of the SHA-256 of their ids, one per line.
         ground_truth: where the masks come from.
+        name: of the protocol in `wsis.evaluate.named.PRESETS`; empty where none was asked for.
+        changes: in what this departs from the protocol of that name.
     """
 
     scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
@@ -52,6 +59,7 @@ class Protocol:
     background_power: float | None = None
     background_choice: str = ""
     fuse: str = "mean"
+    class_cut: float | None = None
     crf: str = "none"
     image_labels: bool = False
     checkpoint: str = "last"
@@ -61,10 +69,18 @@ class Protocol:
     images: int = 0
     list_hash: str = ""
     ground_truth: str = ""
+    name: str = ""
+    changes: tuple[str, ...] = ()
 
     def on(self, dataset: Dataset, indices: Sequence[int]) -> Protocol:
-        """The same protocol on some images of a data set."""
-        return replace(
+        """The same protocol on some images of a data set.
+
+        Raises:
+            InputError: there is no protocol of this name.
+        """
+        from wsis.evaluate.named import departures
+
+        placed = replace(
             self,
             dataset=dataset.name,
             split=dataset.split,
@@ -72,10 +88,13 @@ class Protocol:
             list_hash=list_hash([dataset.ids[index] for index in indices]),
             ground_truth=dataset.mask_source,
         )
+        return replace(placed, changes=departures(placed)) if self.name else placed
 
     def describe(self) -> str:
         """One line that names every choice."""
+        changes = f" with {', '.join(self.changes)}" if self.changes else ""
         parts = [
+            *([f"{self.name}{changes}"] if self.name else []),
             self.subject,
             f"{self.dataset} {self.split}: {self.images} images (list {self.list_hash})",
             f"ground truth {self.ground_truth}",
@@ -88,6 +107,7 @@ class Protocol:
             parts += [
                 f"scales {scales}{size}, {'with' if self.flip else 'no'} flip, {self.fuse}",
                 f"class gate {'on' if self.gate else 'off'}",
+                *([] if self.class_cut is None else [f"classes above {self.class_cut:g} only"]),
                 f"CRF {self.crf}",
                 f"image labels {'given' if self.image_labels else 'not used'}",
                 f"background {self._background()}",
@@ -98,7 +118,8 @@ class Protocol:
 
     def as_dict(self) -> dict[str, Any]:
         """Every field, JSON-ready, and the line of `describe`."""
-        return {**asdict(self), "scales": list(self.scales), "line": self.describe()}
+        lists = {"scales": list(self.scales), "changes": list(self.changes)}
+        return {**asdict(self), **lists, "line": self.describe()}
 
     def passes(self) -> dict[str, Any]:
         """The arguments of `wsis.offline.cams.make_seeds`."""
@@ -116,6 +137,8 @@ class Protocol:
             "background": self.background,
             "background_power": self.background_power,
             "gate": self.gate,
+            "fuse": self.fuse,
+            "class_cut": self.class_cut,
             "crf": self.crf,
         }
 
@@ -123,21 +146,14 @@ class Protocol:
         if self.background is None:
             return self.background_choice
         if self.background_power is not None:
-            return f"the decoder's own, to the power {self.background_power:g}"
+            power = self.background_power
+            return f"the decoder's own{'' if power == 1 else f', to the power {power:g}'}"
         official = self.background == 0.17
         choice = self.background_choice or (_OFFICIAL if official else "set by the user")
         return f"{self.background:g} ({choice})"
 
 
 _OFFICIAL = "chosen on VOC val by the method's authors"
-
-PRESETS = {
-    "voc-rtc": Protocol(),
-    "small": Protocol(scales=(1.0,)),
-}
-"""Protocols by name: `voc-rtc` is the official inference of RTC; `small` is one size with its
-mirror image, for small networks and quick looks."""
-
 
 def list_hash(ids: Sequence[str]) -> str:
     """First 12 hex digits of the SHA-256 over the ids, one per line."""

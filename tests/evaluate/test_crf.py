@@ -12,12 +12,12 @@ from tests.offline.fakes import ColourModel, painted
 from wsis.cli import main
 from wsis.errors import InputError
 from wsis.evaluate.conventions import scores
-from wsis.evaluate.protocols import PRESETS, Protocol
+from wsis.evaluate.protocols import Protocol
 from wsis.evaluate.segmentation import WITH_TRUTH, evaluate_segmentation
 from wsis.offline.crf import crf_of_labels, crf_of_scores
 from wsis.offline.predict import predict
 
-SMALL = replace(PRESETS["small"], background=0.4)
+SMALL = Protocol(scales=(1.0,), background=0.4)
 
 
 @pytest.mark.parametrize("preset", ["psa", "irn-label"])
@@ -75,4 +75,4 @@ def test_unknown_presets(tmp_path, capsys):
 
 def test_no_crf_by_default():
     assert Protocol().crf == "none"
-    assert "CRF none;" in PRESETS["voc-rtc"].describe()
+    assert "CRF none;" in Protocol().describe()

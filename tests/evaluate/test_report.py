@@ -13,7 +13,7 @@ from PIL import Image
 from tests.offline.fakes import ColourModel, painted
 from wsis.errors import InputError
 from wsis.evaluate.cam_quality import evaluate_cams
-from wsis.evaluate.protocols import PRESETS
+from wsis.evaluate.protocols import Protocol
 from wsis.evaluate.report import (
     class_colours,
     make_panels,
@@ -24,7 +24,7 @@ from wsis.evaluate.report import (
 from wsis.evaluate.segmentation import evaluate_segmentation
 from wsis.offline.masks import voc_palette
 
-SMALL = PRESETS["small"]
+SMALL = Protocol(scales=(1.0,))
 HISTORY = [
     {"epoch": "1", "step": "10", "lr": "0.01", "total": "2.5", "cls": "0.7", "val_map": ""},
     {"epoch": "2", "step": "20", "lr": "0.005", "total": "1.5", "cls": "nan", "val_map": "61.5"},

@@ -54,6 +54,19 @@ def test_logits(rule, flip):
 
 
 @pytest.mark.parametrize("flip", [True, False])
+def test_mean_of_logits(flip):
+    logits, sizes, flips = passes(flip, seed=2)
+    found = fuse_logits("logits", logits, pass_sizes=sizes, flips=flips, size=SIZES[0])
+    total = torch.zeros(4, *SIZES[0], dtype=torch.float64)
+    for m, size, flipped in zip(logits, sizes, flips, strict=True):
+        for side in (size, SIZES[0]):
+            m = F.interpolate(m[None].double(), side, mode="bilinear", align_corners=True)[0]
+        total += m.flip(-1) if flipped else m
+    expected = (total / len(logits)).softmax(0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("flip", [True, False])
 def test_mean_of_masks_made_on_the_grid(flip):
     logits, sizes, flips = passes(flip, seed=1)
     found = fuse_logits("softmax-mean", logits, pass_sizes=sizes, flips=flips, size=SIZES[0])

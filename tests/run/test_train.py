@@ -385,6 +385,29 @@ def test_other_settings_do_not_touch_the_runs_own_figures(trained, tmp_path, cap
     assert (folder / "evaluate-1" / "metrics.json").exists()
 
 
+def test_evaluate_and_predict_under_a_named_protocol(trained, tree, tmp_path, capsys):
+    out = tmp_path / "toco"
+    named = ["--protocol", "voc-toco-crf"]
+    arguments = ["evaluate", str(trained), *named, "--out", str(out)]
+    assert main([*arguments, "--scales", "[1.0,0.5]", "--crf", "none"]) == 0
+    name = "protocol: voc-toco-crf with scales 1 0.5, CRF none, 4 images (its list has 1449); "
+    text = capsys.readouterr().out
+    assert name in text
+    assert "flip-sum-max; class gate off; CRF none; image labels not used" in text
+    stored = json.loads((out / "metrics.json").read_text())
+    assert stored["protocol"]["convention"] == "toco"
+    assert stored["cams"]["protocol"]["name"] == ""  # seeds have a protocol of their own
+    image = tree / "JPEGImages" / "val_000.jpg"
+    assert main(["evaluate", str(trained), *named, "--out", str(out)]) == 0
+    assert main(["predict", str(trained), str(image), "--out", str(out), *named]) == 0
+    with Image.open(out / "val_000.png") as found, Image.open(out / "masks/val_000.png") as want:
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(want))
+    capsys.readouterr()
+    for words in (["evaluate", "absent"], ["predict", "absent", "x"], ["submit", "absent"]):
+        assert main([*words, "--protocol", "voc-tocco"]) == 2
+        assert "did you mean 'voc-toco'" in capsys.readouterr().err
+
+
 def test_predict_never_overwrites_a_photograph(trained, tmp_path, capsys):
     photos = tmp_path / "photos"
     photos.mkdir()

@@ -27,6 +27,13 @@ def evaluate(arguments: list[str]) -> int:
         "the processes share the images out.",
     )
     parser.add_argument("run", nargs="?", type=str | None, help="folder of a trained run")
+    parser.add_argument(
+        "--protocol",
+        type=str | None,
+        default=None,
+        help="of a paper, by name: list, passes, CRF, convention; other options change it",
+    )
+    parser.add_argument("--list_protocols", action="store_true", help="show them and stop")
     parser.add_argument("--weights", type=str, default="last", help="last | best | a weights file")
     parser.add_argument("--scales", type=list[float] | None, default=None, help="[0.5,1.0]")
     parser.add_argument("--flip", type=bool | None, default=None)
@@ -63,10 +70,18 @@ def evaluate(arguments: list[str]) -> int:
         "--unsure", type=Literal["wrong", "ignored"] | None, default=None, help="255 in --masks"
     )
     options = parser.parse_args(arguments)
+    if options.list_protocols:
+        from wsis.evaluate.named import table
+
+        print(table())
+        return 0
     if (options.run is None) == (options.masks is None):
         raise InputError("give either a run folder or --masks FOLDER; see wsis evaluate --help")
     if options.workers is not None and options.workers < 0:
         raise InputError(f"--workers must be 0 or more, got {options.workers}")
+    from wsis.evaluate.named import configure, get_protocol
+
+    named = None if options.protocol is None else get_protocol(options.protocol)
     from wsis.engine import distributed
     from wsis.evaluate.run import evaluate_masks, evaluate_run
 
@@ -82,12 +97,13 @@ def evaluate(arguments: list[str]) -> int:
         with distributed.session("cpu"):
             text = evaluate_masks(
                 Path(options.masks),
-                dataset=options.dataset or "voc",
+                dataset=options.dataset or (named.dataset if named else "voc"),
                 root=options.root,
-                split=options.split or "val",
-                convention=options.convention or "voc",
+                split=options.split or (named.split if named else "val"),
+                convention=options.convention or (named.convention if named else "voc"),
                 unsure=options.unsure,
                 workers=2 if options.workers is None else options.workers,
+                protocol=named.name if named else "",
             )
             if distributed.is_main():
                 print(text)
@@ -96,11 +112,16 @@ def evaluate(arguments: list[str]) -> int:
     config = load_config(folder / "config.yaml")
     stored = config.as_dict()
     check_crf(options.crf)
+    if named is not None:
+        configure(config.predict, named.name)
+        config.data.val_split = named.split
     for name in ("scales", "flip", "background", "base_long", "convention", "crf"):
         if (value := getattr(options, name)) is not None:
             setattr(config.predict, name, tuple(value) if name == "scales" else value)
+    if options.background is not None:
+        config.predict.background_power = None  # a constant is what was asked for
     config.data.val_split = options.split or config.data.val_split
-    changed = config.as_dict() != stored or options.weights != "last"
+    changed = config.as_dict() != stored or options.weights != "last" or named is not None
     config.data.root = options.root or config.data.root
     config.device = options.device or config.device
     config.data.loader = options.loader or config.data.loader
@@ -116,11 +137,24 @@ def evaluate(arguments: list[str]) -> int:
                 distributed.from_main(lambda: next_free(folder / "evaluate")) if changed else folder
             )
         text = evaluate_run(
-            config, folder, weights=options.weights, out=out, background_choice=choice
+            config,
+            folder,
+            weights=options.weights,
+            out=out,
+            background_choice=choice,
+            protocol=named.name if named else "",
         )
         if distributed.is_main():
             print(text)
     return 0
+
+
+def check_protocol(name: str | None) -> None:
+    """A misspelt protocol is said before anything is loaded or run."""
+    if name is not None:
+        from wsis.evaluate.named import get_protocol
+
+        get_protocol(name)
 
 
 def check_crf(name: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wsis.commands.evaluate import check_crf
+from wsis.commands.evaluate import check_crf, check_protocol
 from wsis.commands.options import make_parser
 from wsis.commands.train import load_config
 
@@ -16,17 +16,24 @@ def predict(arguments: list[str]) -> int:
     parser.add_argument("images", type=str, help="an image, or a folder of images")
     parser.add_argument("--out", type=str, default="predictions", help="where the PNGs go")
     parser.add_argument("--weights", type=str, default="last", help="last | best | a weights file")
+    parser.add_argument(
+        "--protocol", type=str | None, default=None, help="passes and CRF of a paper, by name"
+    )
     parser.add_argument("--overlay", type=bool, default=True, help="also write image + mask JPEGs")
     parser.add_argument(
         "--crf", type=str | None, default=None, help="preset of a dense CRF on the scores, or none"
     )
     parser.add_argument("--device", type=str | None, default=None, help="auto | cpu | cuda | ...")
     options = parser.parse_args(arguments)
+    check_crf(options.crf)
+    check_protocol(options.protocol)
+    from wsis.evaluate.named import configure
     from wsis.evaluate.run import predict_files
 
-    check_crf(options.crf)
     folder = Path(options.run)
     config = load_config(folder / "config.yaml")
+    if options.protocol is not None:
+        configure(config.predict, options.protocol)
     config.predict.crf = options.crf or config.predict.crf
     config.device = options.device or config.device
     count = predict_files(

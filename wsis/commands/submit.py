@@ -6,7 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
-from wsis.commands.evaluate import check_crf
+from wsis.commands.evaluate import check_crf, check_protocol
 from wsis.commands.options import make_parser
 from wsis.commands.train import load_config
 from wsis.errors import InputError
@@ -21,6 +21,9 @@ def submit(arguments: list[str]) -> int:
     )
     parser.add_argument("run", nargs="?", type=str | None, help="folder of a trained run")
     parser.add_argument("--masks", type=str | None, default=None, help="folder of mask PNGs")
+    parser.add_argument(
+        "--protocol", type=str | None, default=None, help="passes and CRF of a paper, by name"
+    )
     parser.add_argument("--root", type=str | None, default=None, help="VOC's folder")
     parser.add_argument("--split", type=str, default="test", help="list of images")
     parser.add_argument(
@@ -40,7 +43,10 @@ def submit(arguments: list[str]) -> int:
         raise InputError("give either a run folder or --masks FOLDER; see wsis submit --help")
     if options.masks is not None and options.crf is not None:
         raise InputError("--crf works on a run's scores; refine stored masks with wsis refine")
+    if options.masks is not None and options.protocol is not None:
+        raise InputError("--protocol makes a run's masks; stored ones are packed as they are")
     check_crf(options.crf)
+    check_protocol(options.protocol)
     from wsis.offline.submission import TEST_IMAGES, write_submission
 
     about: dict[str, Any]
@@ -61,6 +67,7 @@ def submit(arguments: list[str]) -> int:
         from dataclasses import asdict
 
         from wsis.engine.build import open_split
+        from wsis.evaluate.named import configure
         from wsis.evaluate.protocols import Protocol
         from wsis.evaluate.run import load_model
         from wsis.offline.predict import conclude
@@ -69,10 +76,14 @@ def submit(arguments: list[str]) -> int:
         config = load_config(Path(options.run) / "config.yaml")
         config.data.root = options.root or config.data.root
         config.device = options.device or config.device
+        if options.protocol is not None:
+            configure(config.predict, options.protocol)
         config.predict.crf = options.crf or config.predict.crf
         dataset = open_split(config.data, options.split)
         model = load_model(config, Path(options.run), len(dataset.classes), options.weights)
-        protocol = Protocol(**asdict(config.predict), checkpoint=options.weights)
+        protocol = Protocol(
+            **asdict(config.predict), checkpoint=options.weights, name=options.protocol or ""
+        )
         protocol = protocol.on(dataset, range(len(dataset)))
 
         settings = protocol.conclusion()
@@ -90,7 +101,7 @@ def submit(arguments: list[str]) -> int:
             loader=config.data.loader,
             workers=config.data.workers,
         )
-        about = {"run": options.run, "protocol": protocol.describe()}
+        about = {"run": options.run, "protocol": protocol.as_dict()}
     with closing(masks):
         archive = write_submission(
             dataset, masks, options.out, competition=options.competition, about=about

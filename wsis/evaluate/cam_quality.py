@@ -11,7 +11,7 @@ import torch
 
 from wsis.engine import distributed
 from wsis.evaluate.conventions import Tally
-from wsis.evaluate.protocols import PRESETS, Protocol
+from wsis.evaluate.protocols import DEFAULT, Protocol
 from wsis.evaluate.segmentation import (
     THRESHOLDS,
     WITH_TRUTH,
@@ -39,7 +39,7 @@ def evaluate_cams(
     model: RTC,
     dataset: Dataset,
     *,
-    protocol: Protocol = PRESETS["voc-rtc"],
+    protocol: Protocol = DEFAULT,
     rule: PseudoRule | None = None,
     limit: int | None = None,
     device: torch.device | str | None = None,
@@ -80,6 +80,8 @@ def evaluate_cams(
         background_choice=f"swept 0 to 0.59, {WITH_TRUTH}",
         gate=False,
         fuse="sum, then normalised per class",
+        class_cut=None,
+        name="",
         image_labels=True,
     )
     curves = {"cam": Curve(size), "refined": Curve(size)}

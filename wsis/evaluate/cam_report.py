@@ -41,6 +41,7 @@ def evaluate_cams_folder(
     out: str | Path,
     *,
     convention: str = "voc",
+    protocol: str = "",
     limit: int | None = None,
     device: str = "auto",
     pictures: int = PICTURES,
@@ -53,6 +54,7 @@ def evaluate_cams_folder(
         how: the candidates.
         out: folder for both files.
         convention: name of the mean IoU convention.
+        protocol: name of the protocol of CAMs that was asked for (`wsis.evaluate.named`).
         limit: only so many images, spread evenly over the list.
         device: where to walk.
         pictures: images in the report.
@@ -65,7 +67,7 @@ def evaluate_cams_folder(
     """
     out = Path(out)
     cams = StoredCams(maps, dataset, how, limit=limit, device=operator_device(device))
-    result = sweep_cams(cams, convention=convention)
+    result = sweep_cams(cams, convention=convention, protocol=protocol)
     out.mkdir(parents=True, exist_ok=True)
     write_json_atomic(out / "metrics.json", result)
     sample = [cams.indices[k] for k in sample_indices(len(cams.indices), pictures)]

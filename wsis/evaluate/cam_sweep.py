@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from wsis.errors import InputError
 from wsis.evaluate.conventions import get_convention, scores
+from wsis.evaluate.named import SWEPT
 from wsis.evaluate.protocols import Protocol
 from wsis.evaluate.segmentation import THRESHOLDS, WITH_TRUTH, Curve, images_to_score
 from wsis.offline.refine import Refinement, resized, stored_maps, with_background
@@ -143,7 +144,7 @@ def make_sweep(
     return made
 
 
-def sweep_cams(cams: StoredCams, *, convention: str = "voc") -> dict[str, Any]:
+def sweep_cams(cams: StoredCams, *, convention: str = "voc", protocol: str = "") -> dict[str, Any]:
     """Score stored CAMs, and their walks, under every candidate.
 
     The CAMs as they are stand beside the walks, for comparison; the best candidate is one of the
@@ -152,6 +153,7 @@ def sweep_cams(cams: StoredCams, *, convention: str = "voc") -> dict[str, Any]:
     Args:
         cams: the images and the candidates.
         convention: name of the mean IoU convention.
+        protocol: name of the protocol of CAMs that was asked for (`wsis.evaluate.named`).
 
     Returns:
         JSON-ready: ``protocol``; ``candidate``: name of what ``candidates`` are; ``rows``: per
@@ -172,7 +174,7 @@ def sweep_cams(cams: StoredCams, *, convention: str = "voc") -> dict[str, Any]:
         case, truth = cams.read(index), cams.dataset.mask(index)
         for curve, beta in zip(curves, rows, strict=True):
             case.count(curve, beta, truth)
-    return _result(curves, rows, cams, convention)
+    return _result(curves, rows, cams, convention, protocol)
 
 
 class StoredCams:
@@ -302,7 +304,11 @@ class Case:
 
 
 def _result(
-    curves: list[Curve], rows: list[float | None], cams: StoredCams, convention: str
+    curves: list[Curve],
+    rows: list[float | None],
+    cams: StoredCams,
+    convention: str,
+    name: str,
 ) -> dict[str, Any]:
     how, table = cams.how, []
     for curve, beta in zip(curves, rows, strict=True):
@@ -326,9 +332,11 @@ def _result(
     }
     protocol = Protocol(
         scales=(),
-        background=None,
+        background=None if how.by_alpha or len(how.candidates) > 1 else how.candidates[0],
+        background_choice=_choice(how),
         image_labels=True,
         convention=convention,
+        name=name,
         subject=describe(how, best_of_all),
     ).on(cams.dataset, cams.indices)
     return {
@@ -340,6 +348,18 @@ def _result(
         "scores": scores(matrix, convention).as_dict(),
         "confusion": matrix.tolist(),
     }
+
+
+def _choice(how: Sweep) -> str:
+    """Which background scores were tried, where it was not one alone, and after what."""
+    after = "after a walk" if how.guides else ""
+    if how.by_alpha:
+        return f"(1 - max)^alpha {after}"
+    if len(how.candidates) == 1:
+        return after
+    levels = how.candidates
+    tried = SWEPT if levels == tuple(THRESHOLDS.tolist()) else f"{levels[0]:g} to {levels[-1]:g}"
+    return f"{tried} {after}".rstrip()
 
 
 def describe(how: Sweep, best: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from typing import Any
 
 from wsis.config import PredictConfig
 from wsis.errors import InputError
@@ -24,6 +25,10 @@ LIST_LENGTHS = {
     ("coco", "val_part"): 4999,
 }
 """Images of the lists that everybody uses; of COCO those that have a label."""
+
+
+SWEPT = "0 to 0.59 in steps of 0.01"
+"""The background scores of `wsis.evaluate.segmentation.THRESHOLDS`, in words."""
 
 
 @dataclass(frozen=True)
@@ -42,35 +47,46 @@ class Named:
     differs: str = ""
 
 
-def _voc(split: str = "val", **fixed: object) -> Protocol:
+def _voc(split: str = "val", **fixed: Any) -> Protocol:
     return _on("voc", split, "SegmentationClass", **fixed)
 
 
-def _coco(split: str = "val", **fixed: object) -> Protocol:
+def _coco(split: str = "val", **fixed: Any) -> Protocol:
     return _on("coco", split, "instances_val2014.json", **fixed)
 
 
-def _on(dataset: str, split: str, ground_truth: str, **fixed: object) -> Protocol:
+def _on(dataset: str, split: str, ground_truth: str, **fixed: Any) -> Protocol:
     placed = Protocol(
         dataset=dataset,
         split=split,
         images=LIST_LENGTHS[dataset, split],
         ground_truth=ground_truth,
     )
-    return replace(placed, **fixed)  # type: ignore[arg-type]
+    return replace(placed, **fixed)
 
 
-_LOGITS = {"gate": False, "background_power": 1.0, "convention": "toco"}
-_TOCO = {"scales": (1.0, 1.5, 1.25), "fuse": "flip-sum-max", **_LOGITS}
-_TOCO_COCO = {"scales": (1.0, 1.25, 1.5), "fuse": "flip-max-sum", **_LOGITS}
-_AFA = {"scales": (1.0, 0.5, 0.75), "fuse": "flip-mean-max", "base_long": 512, **_LOGITS}
-_ONE_STAGE = {
+_LOGITS: dict[str, Any] = {"gate": False, "background_power": 1.0, "convention": "toco"}
+_TOCO: dict[str, Any] = {"scales": (1.0, 1.5, 1.25), "fuse": "flip-sum-max", **_LOGITS}
+_TOCO_COCO: dict[str, Any] = {"scales": (1.0, 1.25, 1.5), "fuse": "flip-max-sum", **_LOGITS}
+_AFA: dict[str, Any] = {
+    "scales": (1.0, 0.5, 0.75),
+    "fuse": "flip-mean-max",
+    "base_long": 512,
+    **_LOGITS,
+}
+_ONE_STAGE: dict[str, Any] = {
     "scales": (1.0, 0.5, 1.5, 2.0),
     "fuse": "softmax-mean",
     "gate": False,
     "class_cut": 0.1,
     "background_power": 3.0,
     "convention": "pamr",
+}
+_SECOND_STAGE: dict[str, Any] = {
+    "scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75),
+    "fuse": "logits",
+    **_LOGITS,
+    "convention": "rtc",
 }
 _SIZES = "logits of an image are resized from the network's own grid, which differs from theirs"
 _COCO_MASKS = (
@@ -114,6 +130,14 @@ NAMED = _with_crf(
             ),
             "afa",
         ),
+        "voc-deeplab": (
+            Named(
+                _voc(**_SECOND_STAGE),
+                "the second stage of ChunyanWang1/RTC segmentation/",
+                "its CRF makes one iteration, ours ten",
+            ),
+            "wseg-seg",
+        ),
         "coco-rtc": (
             Named(
                 _coco(convention="rtc"),
@@ -142,7 +166,7 @@ NAMED = _with_crf(
 )
 """Protocols of predicted masks by name."""
 
-_CAM = {
+_CAM: dict[str, Any] = {
     "scales": (),
     "background": None,
     "image_labels": True,
@@ -151,7 +175,7 @@ _CAM = {
 
 CAM_NAMED = {
     "voc-seam": Named(
-        _voc("train", **_CAM, background_choice="0 to 0.59 in steps of 0.01", convention="rtc"),
+        _voc("train", **_CAM, background_choice=SWEPT, convention="rtc"),
         "YudeWang/SEAM, jiwoon-ahn/psa evaluation.py --curve True",
     ),
     "voc-irn": Named(
@@ -170,9 +194,6 @@ CAM_NAMED = {
     name: replace(entry, protocol=replace(entry.protocol, name=name))
     for name, entry in CAM_NAMED.items()
 }
-
-PRESETS = {name: entry.protocol for name, entry in NAMED.items()}
-"""The protocols of `NAMED` alone."""
 
 
 def get_protocol(name: str, *, cams: bool = False) -> Protocol:
@@ -221,14 +242,19 @@ def departures(protocol: Protocol) -> tuple[str, ...]:
         for field, text in words.items()
         if getattr(protocol, field) != getattr(official, field)
     ]
+    changes = list(dict.fromkeys(changes))  # a constant background departs in two fields
+    background = (protocol.background, protocol.background_choice)
+    if cams and background != (official.background, official.background_choice):
+        value = "" if protocol.background is None else f"{protocol.background:g}"
+        changes.append(" ".join(f"background {value} {protocol.background_choice}".split()))
     if protocol.convention != official.convention:
         changes.append(f"convention {protocol.convention}")
     if (protocol.dataset, protocol.split) != (official.dataset, official.split):
         changes.append(f"list {protocol.dataset} {protocol.split}")
     elif protocol.images != official.images:
         changes.append(f"{protocol.images} images (its list has {official.images})")
-    if not protocol.ground_truth.startswith(official.ground_truth):
-        changes.append(f"ground truth {protocol.ground_truth or 'none'}")
+    if protocol.ground_truth and not protocol.ground_truth.startswith(official.ground_truth):
+        changes.append(f"ground truth {protocol.ground_truth}")
     return tuple(changes)
 
 
@@ -236,6 +262,7 @@ def _inference_words(protocol: Protocol) -> dict[str, str]:
     """Field -> what to say of its value where it departs."""
     cut = protocol.class_cut
     own = protocol.background_power
+    background = f"background {protocol.background:g}"
     return {
         "scales": f"scales {' '.join(f'{scale:g}' for scale in protocol.scales)}",
         "flip": "flip" if protocol.flip else "no flip",
@@ -243,14 +270,24 @@ def _inference_words(protocol: Protocol) -> dict[str, str]:
         "fuse": f"fuse {protocol.fuse}",
         "gate": f"class gate {'on' if protocol.gate else 'off'}",
         "class_cut": "all classes" if cut is None else f"classes above {cut:g}",
-        "background": f"background {protocol.background:g}" if own is None else "another background",
-        "background_power": (
-            f"background {protocol.background:g}" if own is None else f"background power {own:g}"
-        ),
+        "background": background,
+        "background_power": background
+        if own is None
+        else f"the decoder's background to the {own:g}",
         "crf": f"CRF {protocol.crf}",
         "checkpoint": f"checkpoint {protocol.checkpoint}",
         "image_labels": f"image labels {'given' if protocol.image_labels else 'not given'}",
     }
+
+
+def _background(protocol: Protocol) -> str:
+    """The background in a word or two."""
+    if protocol.background is None:
+        return protocol.background_choice
+    if protocol.background_power is not None:
+        power = protocol.background_power
+        return "own" if power == 1 else f"own^{power:g}"
+    return f"{protocol.background:g}"
 
 
 def table() -> str:
@@ -266,7 +303,7 @@ def table() -> str:
                 f"{p.dataset} {p.split} {p.images}",
                 scales if p.scales else "stored CAMs",
                 p.fuse + (", gate" if p.gate else "") if p.scales else "-",
-                p.background_words(),
+                _background(p),
                 p.crf if p.scales else "-",
                 p.convention,
             )
@@ -278,4 +315,5 @@ def table() -> str:
         for name, entry in (NAMED | CAM_NAMED).items()
         if not name.endswith("-crf")
     ]
-    return "\n".join([*lines, "", *notes])
+    rule = "All: last checkpoint, no image labels at test time (CAMs: labels given)."
+    return "\n".join([*lines, "", rule, *notes])

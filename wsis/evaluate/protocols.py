@@ -46,7 +46,7 @@ class Protocol:
         images: how many images were scored.
         list_hash: first 12 hex digits of the SHA-256 of their ids, one per line.
         ground_truth: where the masks come from.
-        name: of the protocol in `wsis.evaluate.named.PRESETS`; empty where none was asked for.
+        name: of the protocol in `wsis.evaluate.named`; empty where none was asked for.
         changes: in what this departs from the protocol of that name.
     """
 
@@ -154,6 +154,10 @@ class Protocol:
 
 
 _OFFICIAL = "chosen on VOC val by the method's authors"
+
+DEFAULT = Protocol()
+"""The official inference of RTC, under VOC's convention."""
+
 
 def list_hash(ids: Sequence[str]) -> str:
     """First 12 hex digits of the SHA-256 over the ids, one per line."""

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from wsis.engine.logs import write_text_atomic
 from wsis.errors import MissingExtraError
 from wsis.evaluate.conventions import Tally
-from wsis.evaluate.protocols import PRESETS, Protocol
+from wsis.evaluate.protocols import DEFAULT, Protocol
 from wsis.offline.cams import make_seeds, pseudo_mask
 from wsis.offline.masks import voc_palette
 from wsis.offline.predict import predict
@@ -72,7 +72,7 @@ def make_panels(
     dataset: Dataset,
     indices: Sequence[int],
     *,
-    protocol: Protocol = PRESETS["voc-rtc"],
+    protocol: Protocol = DEFAULT,
     rule: PseudoRule | None = None,
     device: torch.device | str | None = None,
 ) -> list[Panel]:

@@ -89,6 +89,7 @@ def evaluate_run(
     weights: str = "last",
     out: Path | None = None,
     background_choice: str = "",
+    protocol: str = "",
 ) -> str:
     """Score a trained run on its val split, its CAMs on its training split; write all of it down.
 
@@ -104,6 +105,8 @@ def evaluate_run(
         weights: `last`, `best` or a weights file.
         out: where to write; the run's folder by default.
         background_choice: who chose the background score, where it was not the run.
+        protocol: name of the protocol that was asked for (`wsis.evaluate.named`); the numbers say
+            in what the configuration departs from it.
 
     Returns:
         The table and where the report lies, as text for a terminal.
@@ -116,24 +119,25 @@ def evaluate_run(
     if config.data.on_error == "skip":
         train_set = without_quarantined(train_set, folder)
     model = load_model(config, folder, len(val_set.classes), weights)
-    protocol = Protocol(
+    how = Protocol(
         **asdict(config.predict),
         background_choice=background_choice or _choice(config),
         checkpoint={"best": "best on val labels"}.get(weights, weights),
+        name=protocol,
     )
     inputs: dict[str, Any] = {"loader": config.data.loader, "workers": config.data.workers}
-    result = evaluate_segmentation(model, val_set, protocol=protocol, out=out / "masks", **inputs)
+    result = evaluate_segmentation(model, val_set, protocol=how, out=out / "masks", **inputs)
     quality = None
     known = any(map(train_set.has_mask, range(len(train_set))))
     if config.supervision == "labels" and config.quality_images and known:
         limit = None if config.quality_images < 0 else config.quality_images
         quality = evaluate_cams(
-            model, train_set, protocol=protocol, limit=limit, rule=config.pseudo, **inputs
+            model, train_set, protocol=how, limit=limit, rule=config.pseudo, **inputs
         )
     if not distributed.is_main():
         return ""
     write_json_atomic(out / "metrics.json", result | {"cams": quality})
-    _report(config, folder, out, model, val_set, protocol, result, quality)
+    _report(config, folder, out, model, val_set, how, result, quality)
     table = [format_table(val_set.classes, result["scores"])]
     if not result["images"]:
         table = [f"no ground truth for '{val_set.split}': masks were predicted, not scored"]
@@ -156,13 +160,17 @@ def evaluate_masks(
     convention: str,
     unsure: Literal["wrong", "ignored"] | None = None,
     workers: int = 2,
+    protocol: str = "",
 ) -> str:
     """Score a folder of mask PNGs, whoever wrote them; returns the table as text.
 
-    `unsure` says what a stored 255 means; None leaves it to the convention.
+    `unsure` says what a stored 255 means; None leaves it to the convention. `protocol` is the name
+    of the one whose list and convention were asked for.
     """
     truth = open_dataset(dataset, root, split)
-    result = evaluate_folder(masks, truth, convention=convention, unsure=unsure, workers=workers)
+    result = evaluate_folder(
+        masks, truth, convention=convention, unsure=unsure, name=protocol, workers=workers
+    )
     table = format_table(truth.classes, result["scores"])
     return f"{table}\nprotocol: {result['protocol']['line']}"
 

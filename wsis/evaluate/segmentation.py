@@ -17,7 +17,7 @@ from wsis.engine import distributed
 from wsis.errors import InputError
 from wsis.evaluate.classification import ClassificationTally
 from wsis.evaluate.conventions import Tally, Unsure, scores
-from wsis.evaluate.protocols import PRESETS, Protocol
+from wsis.evaluate.protocols import DEFAULT, Protocol
 from wsis.offline.masks import read_mask, write_mask
 from wsis.offline.predict import Pass, conclude
 from wsis.offline.stream import stream_passes
@@ -42,7 +42,7 @@ def evaluate_segmentation(
     model: RTC,
     dataset: Dataset,
     *,
-    protocol: Protocol = PRESETS["voc-rtc"],
+    protocol: Protocol = DEFAULT,
     out: str | Path | None = None,
     limit: int | None = None,
     device: torch.device | str | None = None,
@@ -132,6 +132,7 @@ def evaluate_folder(
     *,
     convention: str = "voc",
     unsure: Unsure | None = None,
+    name: str = "",
     limit: int | None = None,
     workers: int = 2,
 ) -> dict[str, Any]:
@@ -145,6 +146,7 @@ def evaluate_folder(
         dataset: the ground truth.
         convention: name of the mean IoU convention.
         unsure: what a stored 255 means: `wrong` or `ignored`; None leaves it to the convention.
+        name: of the protocol whose list and convention were asked for.
         limit: score only so many images, spread evenly over the list.
         workers: threads that read and score; 0 has none.
 
@@ -160,7 +162,9 @@ def evaluate_folder(
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected <id>.png of every image in it")
     subject = "stored masks" if unsure is None else f"stored masks, 255 {unsure}"
-    protocol = Protocol(scales=(), background=None, convention=convention, subject=subject)
+    protocol = Protocol(
+        scales=(), background=None, convention=convention, subject=subject, name=name
+    )
     tally = Tally(len(dataset.classes) + 1, convention, unsure=unsure)
     coverage = Coverage()
     images, indices = [], images_to_score(dataset, limit)

@@ -1,15 +1,14 @@
 """How the passes of other repositories' inference become one answer.
 
-`wsis.offline.predict.merge_passes` is the rule of RTC; here are those of 1-stage-wseg, ToCo and
-AFA. All take decoder logits with background at channel 0 and give probabilities at the image's
-size. One pass at a time is enlarged, beside at most two maps that are carried along: memory does
-not grow with the number of passes.
+`wsis.offline.predict.merge_passes` is the rule of RTC; here are those of 1-stage-wseg, ToCo, AFA
+and of segmentation networks. All take decoder logits with background at channel 0 and give
+probabilities at the image's size. One pass at a time is enlarged, beside at most two maps that are
+carried along: memory does not grow with the number of passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +16,9 @@ from torch import Tensor
 
 from wsis.errors import InputError
 
-Fuse = Literal["mean", "softmax-mean", "flip-sum-max", "flip-max-sum", "flip-mean-max"]
-
 FUSES: dict[str, str] = {
     "mean": "mean of the softmax of logits enlarged to the pass (ChunyanWang1/RTC)",
+    "logits": "softmax of the mean of logits, enlarged with align_corners=True (RTC segmentation/)",
     "softmax-mean": "mean of the softmax on the decoder's grid (visinf/1-stage-wseg)",
     "flip-sum-max": "logits: sum with the mirror image, maximum over scales (rulixiang/ToCo, VOC)",
     "flip-max-sum": "logits: maximum with the mirror image, sum over scales (rulixiang/ToCo, COCO)",
@@ -65,6 +63,13 @@ def fuse_logits(
     """
     if check_fuse(rule) == "mean":
         raise InputError("fuse 'mean' is wsis.offline.predict.merge_passes")
+    if rule == "logits":
+        total = torch.zeros(())
+        for m, pass_size, flipped in zip(logits, pass_sizes, flips, strict=True):
+            at_pass = _resize(m.float(), pass_size, align_corners=True)
+            at_image = _resize(at_pass, size, align_corners=True)
+            total = total.to(m.device) + _upright(at_image, flipped)
+        return (total / len(logits)).softmax(dim=0)
     if rule == "softmax-mean":
         masks = (
             _resize(m.float().softmax(dim=0), pass_size, align_corners=True)

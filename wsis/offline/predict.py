@@ -128,6 +128,7 @@ def conclude(
     Raises:
         InputError: the scores are not finite, or there is no such preset or rule.
     """
+    check_fuse(fuse, gate=gate)
     with torch.inference_mode():
         logits = [m for p in passes if (m := p.maps.logits) is not None]
         class_logits = [p.maps.class_logits for p in passes]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from wsis.commands.options import make_parser
 from wsis.data.dataset import open_dataset
+from wsis.engine import distributed
 from wsis.evaluate.cam_report import PICTURES, evaluate_cams_folder
 from wsis.evaluate.cam_sweep import make_sweep
 from wsis.evaluate.named import get_protocol
@@ -84,10 +85,15 @@ def evaluate_cams(arguments: list[str]) -> int:
         log_steps=options.log_steps,
     )
     maps = Path(options.maps)
-    free = (p for k in itertools.count(1) if not (p := Path(f"{maps}-sweep-{k}")).exists())
-    out = Path(options.out) if options.out is not None else next(free)
-    print(
-        evaluate_cams_folder(
+
+    def next_sweep() -> Path:
+        free = (p for k in itertools.count(1) if not (p := Path(f"{maps}-sweep-{k}")).exists())
+        return next(free)
+
+    with distributed.session(options.device):
+        # Looked for once: the processes write into the same one.
+        out = Path(options.out) if options.out is not None else distributed.from_main(next_sweep)
+        text = evaluate_cams_folder(
             maps,
             open_dataset(
                 options.dataset or named.dataset, options.root, options.split or named.split
@@ -100,5 +106,6 @@ def evaluate_cams(arguments: list[str]) -> int:
             device=options.device,
             pictures=options.pictures,
         )
-    )
+        if distributed.is_main():
+            print(text)
     return 0

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,9 @@ def open_coco(root: Path, split: str) -> Dataset:
     )
 
 
+_READING = Lock()
+
+
 class Coco(Dataset):
     """COCO images whose masks are rasterised on demand; needs pycocotools for them.
 
@@ -112,8 +116,9 @@ class Coco(Dataset):
             InputError: malformed outline.
             MissingExtraError: pycocotools is not installed.
         """
-        if self._outlines is None:
-            self._outlines, self._class_ids = self._read_outlines()
+        with _READING:  # threads ask together, once for all of them
+            if self._outlines is None:
+                self._outlines, self._class_ids = self._read_outlines()
         height, width = self.image_size(i)
         try:
             return rasterize(self._outlines[self._numbers[i]], self._class_ids, height, width)

@@ -10,6 +10,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from wsis.engine import distributed
 from wsis.engine.logs import versions, write_json_atomic
 from wsis.evaluate.cam_sweep import Case, StoredCams, Sweep, sweep_cams
 from wsis.evaluate.conventions import Tally
@@ -60,7 +61,8 @@ def evaluate_cams_folder(
         pictures: images in the report.
 
     Returns:
-        The tables, the best candidate and where the report lies, as text for a terminal.
+        The tables, the best candidate and where the report lies, as text for a terminal; empty in
+        all processes but the first, which writes.
 
     Raises:
         InputError: as `wsis.evaluate.cam_sweep.sweep_cams`.
@@ -68,6 +70,8 @@ def evaluate_cams_folder(
     out = Path(out)
     cams = StoredCams(maps, dataset, how, limit=limit, device=operator_device(device))
     result = sweep_cams(cams, convention=convention, protocol=protocol)
+    if not distributed.is_main():
+        return ""
     out.mkdir(parents=True, exist_ok=True)
     write_json_atomic(out / "metrics.json", result)
     sample = [cams.indices[k] for k in sample_indices(len(cams.indices), pictures)]

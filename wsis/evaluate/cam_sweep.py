@@ -7,7 +7,8 @@ or read every file again for each candidate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from wsis.data.threads import in_threads
+from wsis.engine import distributed
 from wsis.errors import InputError
 from wsis.evaluate.conventions import get_convention, scores
 from wsis.evaluate.named import SWEPT
 from wsis.evaluate.protocols import Protocol
-from wsis.evaluate.segmentation import THRESHOLDS, WITH_TRUTH, Curve, images_to_score
+from wsis.evaluate.segmentation import (
+    THRESHOLDS,
+    WITH_TRUTH,
+    Curve,
+    images_to_score,
+    with_bar,
+)
 from wsis.offline.refine import Refinement, resized, stored_maps, with_background
 from wsis.offline.refine_folder import Guides, by_stem
 from wsis.offline.spread import BETA, EDGE_BACKGROUND, WALK_ALPHA, Walker, read_guide, scaled
@@ -144,8 +152,13 @@ def make_sweep(
     return made
 
 
-def sweep_cams(cams: StoredCams, *, convention: str = "voc", protocol: str = "") -> dict[str, Any]:
+def sweep_cams(
+    cams: StoredCams, *, convention: str = "voc", protocol: str = "", workers: int = 2
+) -> dict[str, Any]:
     """Score stored CAMs, and their walks, under every candidate.
+
+    Files are read ahead; processes that torchrun started share the images out and all return the
+    same.
 
     The CAMs as they are stand beside the walks, for comparison; the best candidate is one of the
     walks where there are any.
@@ -154,6 +167,7 @@ def sweep_cams(cams: StoredCams, *, convention: str = "voc", protocol: str = "")
         cams: the images and the candidates.
         convention: name of the mean IoU convention.
         protocol: name of the protocol of CAMs that was asked for (`wsis.evaluate.named`).
+        workers: threads that read; 0 has none.
 
     Returns:
         JSON-ready: ``protocol``; ``candidate``: name of what ``candidates`` are; ``rows``: per
@@ -170,10 +184,23 @@ def sweep_cams(cams: StoredCams, *, convention: str = "voc", protocol: str = "")
     levels = range(len(how.alphas)) if how.by_alpha else how.backgrounds
     rows: list[float | None] = [None, *how.betas]
     curves = [Curve(size, levels) for _ in rows]
-    for index in tqdm(cams.indices, desc="sweep", unit="image"):
-        case, truth = cams.read(index), cams.dataset.mask(index)
-        for curve, beta in zip(curves, rows, strict=True):
-            case.count(curve, beta, truth)
+
+    def read(index: int) -> tuple[Case, np.ndarray]:
+        return cams.read(index), cams.dataset.mask(index)
+
+    def count() -> Generator[None, None, None]:
+        reading = in_threads(read, distributed.share(cams.indices), workers=workers)
+        with closing(reading):
+            for case, truth in reading:
+                for curve, beta in zip(curves, rows, strict=True):
+                    case.count(curve, beta, truth)
+                yield
+
+    with closing(count()) as counting:
+        for _ in with_bar(counting, len(cams.indices), "sweep"):
+            pass
+    for curve in curves:
+        curve.merge()
     return _result(curves, rows, cams, convention, protocol)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "wsis"
-FLOORS = ["ops", "data", "models", "pseudo", "losses", "engine", "offline", "evaluate", "commands"]
+FLOORS = ["ops", "data", "models", "pseudo", "losses", "engine", "offline", "prepare", "evaluate"]
+FLOORS += ["commands"]
 # config describes a run: it names the method's weights and is read from the engine upwards.
 SOURCES = sorted(p for floor in FLOORS for p in (ROOT / floor).rglob("*.py"))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 from wsis.commands.options import make_parser
 from wsis.errors import InputError
@@ -12,7 +14,7 @@ _KINDS = "scenes | voc | folder | coco | cub | ilsvrc | openimages"
 
 def data(arguments: list[str]) -> int:
     """Check, prepare or show; returns the exit code, 1 where a file is bad."""
-    actions = {"check": _check, "show": _show}
+    actions = {"check": _check, "prepare": _prepare, "show": _show}
     if not arguments or arguments[0] not in actions:
         usage = f"usage: wsis data {'|'.join(actions)} [OPTIONS]; see wsis data check --help"
         if arguments and arguments[0] in ("-h", "--help"):
@@ -58,6 +60,38 @@ def _check(arguments: list[str]) -> int:
         write_json_atomic(Path(options.out), result.as_dict())
         print(f"report: {options.out}")
     return 1 if result.errors else 0
+
+
+def _prepare(arguments: list[str]) -> int:
+    parser = make_parser(
+        "data prepare",
+        "Build a data set from its official archives as downloaded, or from what they unpack to: "
+        "images, lists, labels, masks; counts are checked. Nothing is fetched. What was "
+        "interrupted goes on where it stopped.",
+    )
+    parser.add_argument("kind", type=Literal["voc", "sbd", "coco", "cub"], help="which data set")
+    parser.add_argument("path", type=str, help="folder with the archives or the unpacked data")
+    parser.add_argument("--out", type=str | None, default=None, help="where to unpack [PATH]")
+    parser.add_argument(
+        "--partial", type=bool, default=False, help="accept other counts than the known ones"
+    )
+    parser.add_argument(
+        "--masks", type=bool, default=True, help="coco: paint all masks to PNGs as well"
+    )
+    options = parser.parse_args(arguments)
+    source = Path(options.path)
+    out = None if options.out is None else Path(options.out).expanduser()
+    if options.kind == "coco":
+        from wsis.prepare.coco import prepare_coco
+
+        record = prepare_coco(source, out, partial=options.partial, masks=options.masks)
+    else:
+        module = import_module(f"wsis.prepare.{options.kind}")
+        prepare = getattr(module, f"prepare_{options.kind}")
+        record = prepare(source, out, partial=options.partial)
+    print(record.describe())
+    print(f"ready: {record.root} (prepare-{record.kind}.json)")
+    return 0
 
 
 def _show(arguments: list[str]) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 
 from wsis.data.dataset import Dataset, open_dataset
 from wsis.data.scan import Findings, Problem, examine
+from wsis.data.wsol import SETS
 from wsis.errors import InputError
 
 CURES = {
@@ -43,6 +44,7 @@ CURES = {
 }
 """What to do about each kind of finding."""
 
+_NONE = np.zeros(0, np.uint32)
 _SMALL = 32
 _RARE = 10
 
@@ -174,11 +176,15 @@ def guess_kind(root: Path) -> str:
         return "coco"
     if any((base / "JPEGImages").is_dir() for base in _voc_places(root)):
         return "voc"
+    for kind, (folder, _) in SETS.items():
+        if (root / "metadata" / folder).is_dir():
+            return kind
     if any(root.glob("*.csv")):
         return "folder"
     raise InputError(
         f"{root}: no data set found; expected JPEGImages with ImageSets (voc), "
-        "annotations/instances_*2014.json or instances.json (coco), or train.csv (folder)"
+        "annotations/instances_*2014.json or instances.json (coco), metadata/CUB, ILSVRC or "
+        "OpenImages (cub, ilsvrc, openimages), or train.csv (folder)"
     )
 
 
@@ -194,6 +200,9 @@ def find_splits(root: Path, kind: str) -> list[str]:
         annotated = root.glob("annotations/instances_*2014.json")
         found = {path.stem.removeprefix("instances_").removesuffix("2014") for path in annotated}
         found |= {path.stem for path in (root / "ImageSets" / "Segmentation").glob("*.txt")}
+    elif kind in SETS:
+        lists = (root / "metadata" / SETS[kind][0]).glob("*/image_ids.txt")
+        found = {path.parent.name for path in lists}
     else:
         bases = [base / "ImageSets" / "Segmentation" for base in _voc_places(root)]
         found = {path.stem for base in bases for path in base.glob("*.txt")}
@@ -254,7 +263,9 @@ def _check_split(
     fresh = [i for i, name in enumerate(dataset.ids) if name not in seen]
     found = examine(dataset, masks=masks, threads=threads, positions=fresh)
     for i, findings in zip(fresh, found, strict=True):
-        seen[dataset.ids[i]] = replace(findings, pixels=findings.pixels.astype(np.uint32))
+        seen[dataset.ids[i]] = replace(
+            findings, problems=[], pixels=findings.pixels.astype(np.uint32) if masks else _NONE
+        )
         for problem in findings.problems:
             if problem.kind == "missing mask" and _trains(dataset.split):
                 problem = replace(problem, fatal=False)  # training reads none
@@ -265,10 +276,10 @@ def _check_split(
 
 
 def _summarize(dataset: Dataset, seen: dict[str, Findings]) -> Summary:
-    counts = dataset.labels.sum(0, dtype=np.int64)
+    counts = dataset.labels.sum(0)
     summary = Summary(
         images=len(dataset),
-        without_labels=int((~dataset.labels.any(axis=1)).sum()),
+        without_labels=int((dataset.labels.sum(1) == 0).sum()),
         label_counts={n: int(c) for n, c in zip(dataset.classes, counts, strict=True)},
     )
     pixels = np.zeros(len(dataset.classes) + 1, np.int64)

@@ -13,17 +13,21 @@ pixel keeps it, so small things lie on top; pixels of crowds that no instance ta
 
 from __future__ import annotations
 
-from collections import defaultdict
+import hashlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
 
-from wsis.data.dataset import Dataset, check_id, read_json, read_list
+from wsis.data.coco_index import CocoIndex, read_index
+from wsis.data.dataset import Dataset, check_id, read_list
 from wsis.errors import InputError, MissingExtraError
 from wsis.types import IGNORE
+
+MASK_MAKER = "wsis (small on top, crowds 255)"
+"""Name of the rule by which COCO masks are painted, for reports; see `rasterize`."""
 
 
 def open_coco(root: Path, split: str) -> Dataset:
@@ -31,65 +35,57 @@ def open_coco(root: Path, split: str) -> Dataset:
 
     Args:
         root: see the module.
-        split: `train` or `val`.
+        split: `train`, `val`, or the name of a list in `ImageSets/Segmentation` of images of one
+            of them; a list whose name begins with `val` is of val, as `val_part` is.
 
     Raises:
         InputError: layout not recognised, malformed annotations, missing image.
     """
     check_id(split, root)
     annotations, images = _find_layout(root, split)
-    content = _read_annotations(annotations)
-    column = {category["id"]: i for i, category in enumerate(content["categories"])}
-    present: dict[int, set[int]] = defaultdict(set)
-    for entry in content["annotations"]:
-        if entry["category_id"] not in column:
-            raise InputError(
-                f"{annotations}: annotation {entry.get('id')} has category "
-                f"{entry['category_id']}, which the file does not list"
-            )
-        present[entry["image_id"]].add(column[entry["category_id"]])
-    by_name = {Path(image["file_name"]).stem: image for image in content["images"]}
+    index = read_index(annotations)
+    stems = [Path(name).stem for name in index.file_names.tolist()]
+    row_of = {stem: row for row, stem in enumerate(stems)}
     list_file = root / "ImageSets" / "Segmentation" / f"{split}.txt"
-    names = read_list(list_file) if images.name == "JPEGImages" else sorted(by_name)
-    absent = next((name for name in names if name not in by_name), None)
+    listed = images.name == "JPEGImages" or split not in ("train", "val")
+    names = read_list(list_file) if listed else sorted(row_of)
+    absent = next((name for name in names if name not in row_of), None)
     if absent is not None:
         raise InputError(f"{list_file}: image '{absent}' is not in {annotations}")
-    listed = [by_name[name] for name in names if present[by_name[name]["id"]]]
-    labels = np.zeros((len(listed), len(column)), np.uint8)
-    for row, image in enumerate(listed):
-        labels[row, list(present[image["id"]])] = 1
+    has_label = index.labels.max(axis=1, initial=0).tolist()
+    rows = [row for name in names if has_label[row := row_of[name]]]
     return Coco(
         name="coco",
         root=root,
         split=split,
-        classes=[category["name"] for category in content["categories"]],
-        ids=[Path(image["file_name"]).stem for image in listed],
-        labels=labels,
-        image_paths=[images / Path(image["file_name"]).name for image in listed],
+        classes=index.class_names.tolist(),
+        ids=[stems[row] for row in rows],
+        labels=index.labels[rows],
+        image_paths=[images / str(index.file_names[row]) for row in rows],
         annotations=annotations,
-        image_numbers=[image["id"] for image in listed],
+        index=index,
+        rows=rows,
     )
-
-
-_READING = Lock()
 
 
 class Coco(Dataset):
     """COCO images whose masks are rasterised on demand; needs pycocotools for them.
 
     Args:
-        annotations: the JSON file; read again at the first mask, since training with labels does
-            not need the outlines and they are large.
-        image_numbers: id in the JSON file of each image.
+        annotations: the JSON file; outlines are read from it image by image.
+        index: of that file.
+        rows: position of each image in the index.
         fields: as for `Dataset`.
     """
 
-    def __init__(self, *, annotations: Path, image_numbers: Sequence[int], **fields: Any) -> None:
+    def __init__(
+        self, *, annotations: Path, index: CocoIndex, rows: Sequence[int], **fields: Any
+    ) -> None:
         super().__init__(**fields)
         self._annotations = annotations
-        self._numbers = tuple(image_numbers)
-        self._outlines: dict[int, list[dict[str, Any]]] | None = None
-        self._class_ids: dict[int, int] = {}
+        self._index = index
+        self._rows = tuple(rows)
+        self._class_ids = {c: i for i, c in enumerate(index.category_ids.tolist(), 1)}
 
     @property
     def has_masks(self) -> bool:
@@ -98,8 +94,15 @@ class Coco(Dataset):
 
     @property
     def mask_source(self) -> str:
-        """The annotation file and the rule of painting."""
-        return f"{self._annotations.name} (small on top, crowd 255)"
+        """The annotation file, the rule of painting, and the hashes of both."""
+        try:
+            maker = maker_hash()
+        except MissingExtraError:
+            maker = "unknown without pycocotools"
+        return (
+            f"{self._annotations.name} (sha256 {self._index.digest[:12]}) painted by {MASK_MAKER} "
+            f"(hash {maker})"
+        )
 
     def has_mask(self, i: int) -> bool:
         """Every image has one."""
@@ -116,27 +119,15 @@ class Coco(Dataset):
             InputError: malformed outline.
             MissingExtraError: pycocotools is not installed.
         """
-        with _READING:  # threads ask together, once for all of them
-            if self._outlines is None:
-                self._outlines, self._class_ids = self._read_outlines()
         height, width = self.image_size(i)
+        entries = self._index.annotations(self._annotations, self._rows[i])
         try:
-            return rasterize(self._outlines[self._numbers[i]], self._class_ids, height, width)
+            return rasterize(entries, self._class_ids, height, width)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise InputError(
                 f"{self._annotations}: outlines of image '{self.ids[i]}' do not fit its "
                 f"{height} x {width} pixels ({type(error).__name__}: {error})"
             ) from None
-
-    def _read_outlines(self) -> tuple[dict[int, list[dict[str, Any]]], dict[int, int]]:
-        """Annotations of each image of the split, and the internal id of each category."""
-        content = _read_annotations(self._annotations)
-        wanted = set(self._numbers)
-        outlines: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        for entry in content["annotations"]:
-            if entry["image_id"] in wanted:
-                outlines[entry["image_id"]].append(entry)
-        return outlines, {c["id"]: i for i, c in enumerate(content["categories"], 1)}
 
 
 def rasterize(
@@ -183,37 +174,48 @@ def rasterize(
     return out
 
 
+@cache
+def maker_hash() -> str:
+    """12 hex digits that name what `rasterize` does, pycocotools' part included.
+
+    The SHA-256 of the mask of a fixed drawing, in which every rule decides some pixels: overlap,
+    equal areas, pieces of one instance, crowds on, beside and below instances, both kinds of RLE.
+    It changes when, and only when, such masks change.
+
+    Raises:
+        MissingExtraError: pycocotools is not installed.
+    """
+    mask = rasterize(_DRAWING, {1: 1, 3: 2, 7: 3, 90: 4}, 24, 32)
+    return hashlib.sha256(mask.tobytes()).hexdigest()[:12]
+
+
+def _drawn(category: int, area: float, outline: Any, crowd: int = 0) -> dict[str, Any]:
+    return {"category_id": category, "area": area, "segmentation": outline, "iscrowd": crowd}
+
+
+_PACKED = r">8`0000000000000000o47jJ000000000\1IkN00000000000g0"
+_DRAWING = (
+    _drawn(1, 200, [[2.5, 2.0, 20.0, 3.5, 18.5, 17.0, 3.0, 15.5]]),
+    _drawn(3, 60, [[10.0, 5.0, 19.0, 5.0, 14.5, 14.0], [22.0, 2.0, 27.5, 2.0, 27.5, 6.5, 22, 6.5]]),
+    _drawn(7, 60, [[12.0, 8.0, 25.0, 8.0, 25.0, 12.0, 12.0, 12.0]]),
+    _drawn(1, 5, {"size": [24, 32], "counts": [300, 60, 408]}, 1),
+    _drawn(90, 300, {"size": [24, 32], "counts": [480, 100, 20, 100, 68]}),
+    _drawn(7, 900, {"size": [24, 32], "counts": _PACKED}, 1),
+)
+
+
 def _find_layout(root: Path, split: str) -> tuple[Path, Path]:
     """Annotation file and folder of images."""
     if (root / "instances.json").is_file():
         return root / "instances.json", root / "JPEGImages"
-    annotations = root / "annotations" / f"instances_{split}2014.json"
+    part = next((part for part in ("train", "val") if split.startswith(part)), split)
+    annotations = root / "annotations" / f"instances_{part}2014.json"
     if not annotations.is_file():
         raise InputError(
-            f"{root}: expected annotations/instances_{split}2014.json, or instances.json with "
+            f"{root}: expected annotations/instances_{part}2014.json, or instances.json with "
             "JPEGImages and ImageSets"
         )
-    for images in (root / f"{split}2014", root / "images" / f"{split}2014"):
+    for images in (root / f"{part}2014", root / "images" / f"{part}2014"):
         if images.is_dir():
             return annotations, images
-    raise InputError(f"{root}: expected images in {split}2014 or images/{split}2014")
-
-
-def _read_annotations(path: Path) -> dict[str, Any]:
-    """The annotation file with categories sorted by id."""
-    content = read_json(path)
-    try:
-        content["categories"] = sorted(content["categories"], key=lambda category: category["id"])
-        complete = (
-            all({"id", "name"} <= c.keys() for c in content["categories"])
-            and all({"id", "file_name"} <= image.keys() for image in content["images"])
-            and all({"image_id", "category_id"} <= a.keys() for a in content["annotations"])
-        )
-    except (KeyError, TypeError, AttributeError):
-        complete = False
-    if not complete:
-        raise InputError(
-            f"{path}: expected COCO instances: categories (id, name), images (id, file_name) and "
-            "annotations (image_id, category_id)"
-        )
-    return content
+    raise InputError(f"{root}: expected images in {part}2014 or images/{part}2014")

@@ -41,7 +41,7 @@ class Problem:
     file: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Findings:
     """What one image has to tell.
 

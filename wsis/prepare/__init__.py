@@ -1,0 +1,1 @@
+"""Official archives, as downloaded, to the folders that `wsis.data` opens."""

@@ -12,7 +12,7 @@ COLOURS = np.array([[220, 60, 60], [60, 200, 60], [60, 60, 230]])
 def draw_object(rng, kind, width, height):
     """An RGB image with one object on noise, and the object's mask."""
     y, x = np.mgrid[:height, :width]
-    size = rng.integers(min(width, height) // 4, min(width, height) // 2)
+    size = rng.integers(min(width, height) // 3, min(width, height) * 2 // 3)
     cx, cy = rng.integers(size // 2, width - size // 2), rng.integers(size // 2, height - size // 2)
     dx, dy = np.abs(x - cx), np.abs(y - cy)
     mask = [dx**2 + dy**2 <= (size / 2) ** 2, np.maximum(dx, dy) <= size / 2.5, (dx <= size / 2)]

@@ -29,6 +29,9 @@ class DataConfig:
         labels: image-level labels of a `voc` tree, where it has none itself: `.json`
             `{id: [20 numbers]}` or `.npz` with `ids` and `labels`.
         resize_long: the long side of a training image is drawn from this range, pixels.
+        square: resize training images to squares of that side, not keeping their shape, and show
+            whole images to the network as squares of side `crop` when it is validated
+            (wsolevaluation's way).
         crop: side of the training crop (view 1), pixels.
         view2: side of the second siamese view, pixels.
         view2_flip: mirror the second view, and its maps back (SLRNet's transform; the release only
@@ -50,6 +53,7 @@ class DataConfig:
     val_split: str = "val"
     labels: str | None = None
     resize_long: tuple[int, int] = (448, 768)
+    square: bool = False
     crop: int = 448
     view2: int = 128
     view2_flip: bool = False
@@ -75,6 +79,8 @@ class ModelConfig:
         crr: with cross-representation refinement; false is the Baseline of the method's ladder.
         crr_dims: channels of cross-representation refinement (shallow, deep 4, deep 5, deep).
         decoder_dims: channels of the decoder (middle, branch, shallow, joint).
+        decoder: what it tells apart: background and each of the `classes`, or background and
+            `object` (localization; goes with `loss.classification: single`).
         freeze_stem: keep the first stages at their pretrained weights.
         freeze_bn: keep every BatchNorm in inference mode; false when training from scratch.
     """
@@ -87,6 +93,7 @@ class ModelConfig:
     crr: bool = True
     crr_dims: tuple[int, int, int, int] = (64, 128, 128, 128)
     decoder_dims: tuple[int, int, int, int] = (512, 256, 48, 256)
+    decoder: Literal["classes", "object"] = "classes"
     freeze_stem: bool = True
     freeze_bn: bool = True
 

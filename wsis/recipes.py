@@ -110,6 +110,61 @@ def lite0() -> TrainConfig:
 
 
 @recipe
+def wsol_lite0() -> TrainConfig:
+    """Localization with EfficientNet-Lite0: photographs with one label each, a CPU will do.
+
+    Give it a data set: ``wsis train --recipe wsol_lite0 --data.dataset voc --data.root FOLDER``, or
+    `folder`, `cub`, ...; images with several labels are left out. A reconstruction, as
+    `rtc_cub_r50` says; the small backbone's constants are those of `lite0`.
+    """
+    config = lite0()
+    config.data = replace(config.data, resize_long=(256, 256), square=True)
+    config.model.decoder = "object"
+    config.loss = replace(config.loss, classification="single")
+    return config
+
+
+@recipe
+def rtc_cub_r50() -> TrainConfig:
+    """CUB-200-2011 with ResNet50: weakly-supervised localization from one label per image.
+
+    All of it is our reconstruction: the paper reports localization, but released neither its
+    network nor its script. Cross-entropy of the image's class takes the place of the soft margin;
+    the decoder tells object from background, and learns from pseudo masks of the labelled class;
+    refinement, contrast, compensator and equivariance are the paper's with that one label, their
+    classes those of the batch and background. Images become squares of 256 pixels, crops of 224
+    (wsolevaluation), a second view of 112. 60 epochs of 32 images at a rate of 0.001.
+
+    The means of `er`, `ecr` and `com` run over all K classes, as their formulas say, of which one
+    image shows one: their weights are K / 20, so that they weigh what they do with VOC's 20.
+    """
+    return TrainConfig(
+        data=DataConfig(
+            dataset="cub", resize_long=(256, 256), square=True, crop=224, view2=112, workers=8
+        ),
+        model=ModelConfig(
+            backbone="resnet50", weights="pretrained", output_stride=8, decoder="object"
+        ),
+        loss=replace(
+            RtcWeights.reconstructed(), classification="single", er=10.0, ecr=10.0, com=10.0
+        ),
+        optim=OptimConfig(lr=0.001, momentum=0.9, epochs=60, batch_size=32),
+        validate_every=5,
+    )
+
+
+@recipe
+def rtc_ilsvrc_r50() -> TrainConfig:
+    """ILSVRC with ResNet50: as `rtc_cub_r50` (a reconstruction), 1000 classes, 10 epochs."""
+    config = rtc_cub_r50()
+    config.data.dataset = "ilsvrc"
+    config.loss = replace(config.loss, er=50.0, ecr=50.0, com=50.0)
+    config.optim.epochs = 10
+    config.validate_every = 1
+    return config
+
+
+@recipe
 def rtc_voc_wr38() -> TrainConfig:
     """PASCAL VOC 2012 with WideResNet38 as released (65.3 val / 66.9 test without CRF).
 

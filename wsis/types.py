@@ -50,6 +50,9 @@ class Batch:
 class Maps:
     """What the network makes of one view. No label has entered, no loss has left.
 
+    Where the network was asked for M classes only, CAMs and refined CAMs have M and 1 + M channels.
+    The logits of a decoder that knows only objects have 2.
+
     Attributes:
         cams: ``[B, K, h, w]``, raw class activation maps A (before any ReLU).
         class_logits: ``[B, K]``, mean of the CAMs resized to the input size.

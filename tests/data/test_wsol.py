@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from tests.wsol_tree import CLASSES, write_wsol_tree
+from wsis.data.check import check
+from wsis.data.compact import Lines, OneHotRows
 from wsis.data.dataset import open_dataset
 from wsis.data.loader import TrainLoader
 from wsis.data.scan import scan
-from wsis.data.wsol import Lines, OneHotRows
+from wsis.data.subset import Subset, one_label
 from wsis.errors import InputError
 
 
@@ -63,6 +65,15 @@ def test_classes_without_names_and_proxy_lists(tree):
     assert len(data.classes) == 1000 and data.classes[7] == "7"
     assert [data.paths[i] for i in (0, 1)] == [ids[5], ids[1]]
     assert data.class_ids.tolist() == [2, 1]
+
+
+def test_check_finds_the_kind_and_its_splits(tree):
+    (tree / "dataset/CUB/test/002.kind/002.png").write_bytes(b"no image")
+    result = check(tree)
+    assert result.splits["train"].images == 7 and result.splits["test"].label_counts == {
+        name: 1 for name in CLASSES
+    }
+    assert [p.image for _, p in result.problems if p.fatal] == ["test+002.kind+002.png"]
 
 
 def test_loader_makes_the_same_batches_as_from_dense_labels(tree):
@@ -135,3 +146,15 @@ def test_memory_does_not_grow_with_images_times_classes():
     held = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert rows.shape == (32, 1000) and held < 2e6  # dense: 200 MB
+
+
+def test_images_with_one_label_of_any_data_set():
+    every = open_dataset("scenes", split="train", n_train=40)
+    part = one_label(every)
+    kept = [i for i in range(40) if every.labels[i].sum() == 1]
+    assert 0 < len(kept) < 40 and [every.ids[i] for i in kept] == list(part.ids)
+    assert (part.labels[:] == every.labels[kept]).all()
+    assert (part.class_ids == every.labels[kept].argmax(1)).all()
+    assert part.image(2) == every.image(kept[2])
+    assert one_label(part) is part
+    assert Subset(part, [3, 0]).class_ids.tolist() == part.class_ids[[3, 0]].tolist()

@@ -147,6 +147,7 @@ def draw(
     resize_long: tuple[int, int],
     flip: float,
     jitter: tuple[float, float, float, float],
+    square: bool = False,
 ) -> Draw:
     """Draw one sample's augmentation; the arguments are those of `train_transform`.
 
@@ -157,6 +158,7 @@ def draw(
         resize_long: range of the longer side.
         flip: probability of mirroring.
         jitter: largest changes of colour.
+        square: resize both sides to the length drawn.
 
     Example:
         >>> rng = torch.Generator().manual_seed(1)
@@ -165,6 +167,7 @@ def draw(
         (0, 64)
     """
     scale = _randint(rng, *resize_long) / max(size)
+    size = (max(size), max(size)) if square else size
     height, width = (max(1, round(side * scale)) for side in size)
     mirrored = _uniform(rng, 0, 1) < flip
     *ratios, hue = jitter

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from wsis.data.compact import OneHotRows
 from wsis.errors import InputError, MissingExtraError
 from wsis.types import BACKGROUND, IGNORE
 
@@ -44,8 +45,6 @@ class Dataset:
         ids: name of each image, unique, without folders.
         labels: `[N, K] uint8`, 1 where the class is in the image; read-only. Rows are asked for by
             position, slice or list of positions: long lists make them only then.
-        class_ids: `[N]` integers, the class of each image, where all have one by construction; None
-            elsewhere.
         has_masks: whether a place for masks exists; says nothing about each single file.
         mask_source: where ground truth comes from, for reports.
 
@@ -55,8 +54,6 @@ class Dataset:
         (4, (112, 112), (112, 112))
     """
 
-    class_ids: np.ndarray | None = None
-
     def __init__(
         self,
         *,
@@ -65,7 +62,7 @@ class Dataset:
         split: str,
         classes: Sequence[str],
         ids: Sequence[str],
-        labels: np.ndarray,
+        labels: np.ndarray | OneHotRows,
         mask_ids: Sequence[int] | None = None,
         image_paths: Sequence[Path] = (),
         mask_folders: Sequence[Path] = (),
@@ -76,8 +73,10 @@ class Dataset:
         self.classes = tuple(classes)
         self.mask_ids = tuple(mask_ids or range(1, len(self.classes) + 1))
         self.ids: Sequence[str] = tuple(ids)
-        self.labels = np.ascontiguousarray(labels, dtype=np.uint8)
-        self.labels.setflags(write=False)
+        self.labels: np.ndarray | OneHotRows = labels
+        if not isinstance(labels, OneHotRows):
+            self.labels = np.ascontiguousarray(labels, dtype=np.uint8)
+            self.labels.setflags(write=False)
         self._image_paths = tuple(image_paths)
         self._mask_folders = tuple(folder for folder in mask_folders if folder.is_dir())
         self._check()
@@ -107,6 +106,11 @@ class Dataset:
     def __len__(self) -> int:
         """Number of images."""
         return len(self.ids)
+
+    @property
+    def class_ids(self) -> np.ndarray | None:
+        """`[N]` integers, the one class of each image; None where images may have several."""
+        return self.labels.class_ids if isinstance(self.labels, OneHotRows) else None
 
     @property
     def has_masks(self) -> bool:
@@ -164,8 +168,13 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over image ids, labels and class names, in order."""
-        names = json.dumps([self.ids, self.classes], ensure_ascii=False)
-        return hashlib.sha256(names.encode() + self.labels.tobytes()).hexdigest()
+        names = json.dumps([list(self.ids), self.classes], ensure_ascii=False)
+        return hashlib.sha256(names.encode() + self._label_bytes()).hexdigest()
+
+    def _label_bytes(self) -> bytes:
+        if isinstance(self.labels, OneHotRows):
+            return self.labels.class_ids.astype("<i4").tobytes()
+        return self.labels.tobytes()
 
 
 def open_dataset(

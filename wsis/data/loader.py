@@ -22,7 +22,7 @@ from wsis.errors import InputError, MissingExtraError
 from wsis.types import Batch
 
 LOADERS = ("auto", "torch", "dali")
-DRAWN_FROM = ("crop", "resize_long", "flip", "jitter")  # what `draw` wants to know
+DRAWN_FROM = ("crop", "resize_long", "square", "flip", "jitter")  # what `draw` wants to know
 
 
 class TrainLoader:
@@ -40,6 +40,7 @@ class TrainLoader:
         seed: not negative.
         workers: processes that prepare batches; 0 prepares them in this one.
         masks: also load masks, for training with full supervision.
+        square: resize images to squares, their shape not kept.
         rank: number of this process.
         world_size: number of processes; each gets its slice of every global batch.
 
@@ -75,6 +76,7 @@ class TrainLoader:
         seed: int,
         workers: int = 0,
         masks: bool = False,
+        square: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -103,6 +105,7 @@ class TrainLoader:
         self._transform: dict[str, Any] = {
             "crop": crop,
             "resize_long": tuple(resize_long),
+            "square": square,
             "flip": flip,
             "jitter": tuple(jitter),
             "mean": tuple(mean),

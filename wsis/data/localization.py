@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsis.data.dataset import Dataset, check_id, read_json, read_list
+from wsis.data.wsol import OneLabelImages
 from wsis.errors import InputError
 
 
@@ -76,6 +77,35 @@ def read_metadata(folder: str | Path, mask_root: str | Path | None = None) -> Lo
         boxes.append(_numbers(corners, path))
         owner.append(image)
     return Localization(str(folder), ids, sizes, np.array(boxes), np.array(owner, np.int64))
+
+
+def read_truth(
+    dataset: Dataset, mask_root: str | Path | None = None
+) -> tuple[Localization, list[int], list[int]]:
+    """Where the objects of a split are: from its metadata, or as :func:`read_voc_boxes`.
+
+    Args:
+        dataset: the split.
+        mask_root: of the metadata's masks.
+
+    Returns:
+        The truth, and for each of its images the position in the data set and the class.
+
+    Raises:
+        InputError: the split's images have no boxes or masks, or not as there.
+    """
+    class_ids = dataset.class_ids
+    if isinstance(dataset, OneLabelImages) and class_ids is not None:
+        truth = read_metadata(dataset.metadata, mask_root)
+        if list(truth.ids) != list(dataset.paths):
+            raise InputError(
+                f"{dataset.metadata}: localization is scored on the whole list image_ids.txt, got "
+                f"split '{dataset.split}'"
+            )
+        return truth, list(range(len(dataset))), class_ids.tolist()
+    truth, classes = read_voc_boxes(dataset)
+    place = {name: i for i, name in enumerate(dataset.ids)}
+    return truth, [place[name] for name in truth.ids], classes.tolist()
 
 
 def read_voc_boxes(dataset: Dataset) -> tuple[Localization, NDArray[np.int64]]:

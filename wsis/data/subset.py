@@ -1,4 +1,4 @@
-"""A part of a data set that is a data set itself."""
+"""A part of a data set that is a data set itself; the images with one label."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from wsis.data.compact import OneHotRows
 from wsis.data.dataset import Dataset
+from wsis.errors import InputError
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL.Image import Image
 
 
@@ -19,6 +22,7 @@ class Subset(Dataset):
     Args:
         base: the data set.
         kept: positions in it, each once.
+        labels: of the images kept; those of `base` by default.
 
     Raises:
         InputError: nothing is kept.
@@ -31,9 +35,13 @@ class Subset(Dataset):
         (True, True)
     """
 
-    def __init__(self, base: Dataset, kept: Sequence[int]) -> None:
+    def __init__(
+        self, base: Dataset, kept: Sequence[int], labels: OneHotRows | None = None
+    ) -> None:
         self.base = base
         self.kept = tuple(kept)
+        if labels is None and base.class_ids is not None:
+            labels = OneHotRows(base.class_ids[list(self.kept)], len(base.classes))
         super().__init__(
             name=base.name,
             root=base.root,
@@ -41,7 +49,7 @@ class Subset(Dataset):
             classes=base.classes,
             mask_ids=base.mask_ids,
             ids=[base.ids[i] for i in self.kept],
-            labels=base.labels[list(self.kept)],
+            labels=base.labels[list(self.kept)] if labels is None else labels,
         )
 
     @property
@@ -77,3 +85,21 @@ class Subset(Dataset):
     def mask(self, i: int) -> np.ndarray:
         """Ground truth of image i; see `Dataset.mask`."""
         return self.base.mask(self.kept[i])
+
+
+def one_label(dataset: Dataset) -> Dataset:
+    """The images that have exactly one label, known to be so (`Dataset.class_ids`).
+
+    Raises:
+        InputError: there is none.
+    """
+    if dataset.class_ids is not None:
+        return dataset
+    kept = np.flatnonzero(dataset.labels.sum(axis=1) == 1)
+    if not len(kept):
+        raise InputError(
+            f"data set '{dataset.name}' at {dataset.root or '(built in)'}, split "
+            f"'{dataset.split}': no image has exactly one label"
+        )
+    class_ids = np.asarray(dataset.labels[kept]).argmax(axis=1)
+    return Subset(dataset, kept.tolist(), OneHotRows(class_ids, len(dataset.classes)))

@@ -22,16 +22,15 @@ hold no `+`, so two images never share an id, and an id leads to no other folder
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wsis.data.compact import Lines, OneHotRows
 from wsis.data.dataset import Dataset, check_id, read_image, read_list, read_size
 from wsis.errors import InputError
 
@@ -41,82 +40,6 @@ SETS = {"cub": ("CUB", 200), "ilsvrc": ("ILSVRC", 1000), "openimages": ("OpenIma
 _PATH = re.compile(r"\w[\w.\- ]*(?:/\w[\w.\- ]*)*")
 _PROXY = "-proxy"
 _LOOKED_FOR = 1000
-
-
-class Lines(Sequence[str]):
-    """Many short texts in one piece; another character may stand for each `/`.
-
-    A list of strings takes twice the memory, and every worker process copies the pages whose
-    reference counts it touches.
-
-    Args:
-        lines: the texts.
-        slash: one ASCII character to show in place of `/`.
-
-    Example:
-        >>> Lines(["a/b", "c"], slash="+")[0]
-        'a+b'
-    """
-
-    def __init__(self, lines: Iterable[str], *, slash: str = "/") -> None:
-        encoded = [line.encode() for line in lines]
-        self._ends = np.cumsum([0, *map(len, encoded)])
-        self._text = b"".join(encoded)
-        self._slash = slash
-
-    def showing(self, slash: str) -> Lines:
-        """The same texts with another character for `/`, not copied."""
-        view = Lines((), slash=slash)
-        view._text, view._ends = self._text, self._ends
-        return view
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    @overload
-    def __getitem__(self, i: int) -> str: ...
-
-    @overload
-    def __getitem__(self, i: slice) -> list[str]: ...
-
-    def __getitem__(self, i: int | slice) -> str | list[str]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        k = range(len(self))[i]
-        return self._text[self._ends[k] : self._ends[k + 1]].decode().replace("/", self._slash)
-
-
-class OneHotRows:
-    """Labels `[N, K] uint8` of one 1 per row, made when rows are asked for.
-
-    Args:
-        class_ids: `[N]` integers in 0..K-1.
-        classes: K.
-
-    Example:
-        >>> OneHotRows(np.array([2, 0]), 3)[[1]]
-        array([[1, 0, 0]], dtype=uint8)
-    """
-
-    dtype = np.dtype(np.uint8)
-
-    def __init__(self, class_ids: NDArray[Any], classes: int) -> None:
-        self._class_ids = class_ids
-        self.shape = (len(class_ids), classes)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: Any) -> NDArray[np.uint8]:
-        """Row `[K]` of one position, rows `[n, K]` of a slice, a list or an array of them."""
-        chosen = self._class_ids[rows]
-        return (np.arange(self.shape[1]) == chosen[..., None]).view(np.uint8)
-
-    def sum(self, axis: int) -> NDArray[np.int64]:
-        """Images of each class `[K]` (axis 0); labels of each image `[N]` (axis 1)."""
-        if axis == 1:
-            return np.ones(len(self), np.int64)
-        return np.bincount(self._class_ids, minlength=self.shape[1])
 
 
 class OneLabelImages(Dataset):
@@ -157,8 +80,7 @@ class OneLabelImages(Dataset):
         self.mask_ids = tuple(range(1, len(classes) + 1))
         self.paths = paths
         self.ids: Sequence[str] = paths.showing("+")
-        self.labels: Any = OneHotRows(class_ids, len(classes))
-        self.class_ids = class_ids
+        self.labels = OneHotRows(class_ids, len(classes))
         self.metadata = metadata
         self._images = images
         self._mask_folders = ()
@@ -174,14 +96,6 @@ class OneLabelImages(Dataset):
     def image_size(self, i: int) -> tuple[int, int]:
         """Height and width of image i, from the file's header."""
         return read_size(self._images / self.paths[i])
-
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) over image ids, labels and class names, in order."""
-        content = hashlib.sha256(json.dumps(self.classes, ensure_ascii=False).encode())
-        for name in self.ids:
-            content.update(name.encode() + b"\n")
-        content.update(self.class_ids.astype("<i4").tobytes())
-        return content.hexdigest()
 
 
 def open_wsol(name: str, root: Path, split: str) -> OneLabelImages:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from wsis.config import DataConfig, ModelConfig
 from wsis.data.dataset import Dataset, open_dataset
+from wsis.data.subset import one_label as keep_one_label
 from wsis.errors import InputError
 from wsis.models.backbones import create_backbone
 from wsis.models.rtc import RTC
@@ -27,17 +28,19 @@ def build_model(config: ModelConfig, num_classes: int, *, supervision: str = "la
         crr=config.crr and supervision == "labels",
         crr_dims=tuple(config.crr_dims),
         decoder_dims=tuple(config.decoder_dims),
+        decoder=config.decoder,
         freeze_stem=config.freeze_stem,
         freeze_bn=config.freeze_bn,
     )
 
 
-def open_split(config: DataConfig, split: str) -> Dataset:
-    """One split of a run's data set."""
+def open_split(config: DataConfig, split: str, *, one_label: bool = False) -> Dataset:
+    """One split of a run's data set; with `one_label` its images that have exactly one."""
     if config.labels and config.dataset != "voc":
         raise InputError(
             f"data.labels goes with data.dataset voc only, got {config.dataset}; "
             "a folder has its labels in its CSV, COCO in its annotations"
         )
     options = {"labels": config.labels} if config.labels else {}
-    return open_dataset(config.dataset, config.root, split, **options)
+    dataset = open_dataset(config.dataset, config.root, split, **options)
+    return keep_one_label(dataset) if one_label else dataset

@@ -38,6 +38,16 @@ def check(config: TrainConfig, processes: int) -> None:
             f"optim.batch_size ({optim.batch_size}) must be a multiple of optim.accumulate "
             f"({optim.accumulate}) times the number of processes ({processes})"
         )
+    one_label = config.loss.classification == "single"
+    if one_label != (config.model.decoder == "object"):
+        raise InputError(
+            "loss.classification single and model.decoder object go together (images of one label, "
+            f"for localization), got {config.loss.classification} and {config.model.decoder}"
+        )
+    if one_label and config.supervision != "labels":
+        raise InputError(
+            f"loss.classification single learns from labels, got --supervision {config.supervision}"
+        )
     if config.model.weights == "none" and (config.model.freeze_bn or config.model.freeze_stem):
         raise InputError(
             "model.weights is 'none', but model.freeze_bn or model.freeze_stem would keep random "

@@ -43,6 +43,38 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> tuple[float, Tenso
     return float(per_class.nanmean()), per_class
 
 
+def average_precision(scores: Tensor, class_ids: Tensor) -> float:
+    """:func:`mean_average_precision` of images with one class each, a class at a time.
+
+    Args:
+        scores: ``[N, K]`` float.
+        class_ids: ``[N] int64``, 0..K-1.
+
+    Returns:
+        The mean in [0, 1] over classes that some image has.
+    """
+    present = class_ids.unique().tolist()
+    values = [_average_precision(scores[:, k].double(), (class_ids == k).double()) for k in present]
+    return sum(values) / len(values)
+
+
+def ranks(scores: Tensor, class_ids: Tensor) -> Tensor:
+    """How many classes score higher than, or as high as and before, the true one: ``[N] int64``.
+
+    Args:
+        scores: ``[N, K]`` float.
+        class_ids: ``[N] int64``, 0..K-1.
+    """
+    true = scores.gather(1, class_ids[:, None])
+    before = torch.arange(scores.shape[1], device=scores.device) < class_ids[:, None]
+    return ((scores > true) | ((scores == true) & before)).sum(dim=1)
+
+
+def accuracy(scores: Tensor, class_ids: Tensor, count: int) -> float:
+    """Share of images whose class is among the ``count`` with the highest scores."""
+    return float((ranks(scores, class_ids) < count).double().mean())
+
+
 def _average_precision(scores: Tensor, labels: Tensor) -> float:
     """Of one class: scores ``[N]``, labels ``[N]``, both float64."""
     positives = float(labels.sum())

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from wsis.config import PseudoConfig
 from wsis.data.views import second_view
-from wsis.losses.equivariance import ClassCounts
+from wsis.global_batch import gather, place
+from wsis.losses.equivariance import ClassCounts, classes_of_batch, take_channels
 from wsis.losses.rtc import RtcWeights, rtc_losses
 from wsis.losses.supervised import supervised_losses
 from wsis.models.rtc import RTC
@@ -25,9 +26,15 @@ class Siamese(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, image: Tensor, view2: Tensor, decode: bool) -> tuple[Maps, Maps]:
-        """Maps of `image [B, 3, H, W]` (decoded if asked) and of `view2 [B, 3, s, s]`."""
-        return self.model(image, decode=decode), self.model(view2, decode=False)
+    def forward(
+        self, image: Tensor, view2: Tensor, decode: bool, classes: Tensor | None = None
+    ) -> tuple[Maps, Maps]:
+        """Maps of `image [B, 3, H, W]` (decoded if asked) and of `view2 [B, 3, s, s]`.
+
+        Of all classes, or of `classes [M]` only.
+        """
+        first = self.model(image, decode=decode, classes=classes)
+        return first, self.model(view2, decode=False, classes=classes)
 
 
 class Supervised(nn.Module):
@@ -72,10 +79,19 @@ def weak_losses(
     """
     size = batch.image.shape[-2:]
     view2 = second_view(batch.image, view2_size, flip=view2_flip)
-    first, second = siamese(batch.image, view2, segment)
+    classes = None
+    if weights.classification == "single":
+        # With many classes, maps are made for those that some image of the whole batch has.
+        count = None if counts is None or place()[1] > 1 else counts.batch
+        classes = classes_of_batch(gather(batch.label), count)
+    first, second = siamese(batch.image, view2, segment, classes)
     if view2_flip:
         second = mirrored(second)
-    masks = pseudo_masks(model, batch, first, pseudo) if segment else None
+    masks = None
+    if segment and classes is not None:
+        masks = object_masks(model, batch, first, classes, pseudo)
+    elif segment:
+        masks = pseudo_masks(model, batch, first, pseudo)
     return rtc_losses(
         first,
         second,
@@ -85,6 +101,7 @@ def weak_losses(
         weights=weights,
         pseudo_masks=masks,
         counts=counts,
+        classes=classes,
     )
 
 
@@ -114,6 +131,29 @@ def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.de
     """``[1, C, 1, 1]``, made once: to send it in each step would wait for the device."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
+
+
+def object_masks(
+    model: RTC, batch: Batch, maps: Maps, classes: Tensor, pseudo: PseudoConfig
+) -> Tensor:
+    """Online pseudo masks `[B, H, W] int64` of the labelled class: 0, 1, or 255.
+
+    Args:
+        model: the network.
+        batch: images with one label each.
+        maps: of view 1, of `classes` only.
+        classes: `[M] int64`, all labels of the batch among them.
+        pseudo: rule of the online pseudo masks.
+    """
+    channel = batch.label[:, classes].argmax(dim=1)[:, None]
+    refined = None
+    if maps.refined is not None:
+        behind = torch.cat([torch.zeros_like(channel), channel + 1], dim=1)
+        refined = take_channels(maps.refined, behind)
+    own = replace(maps, cams=take_channels(maps.cams, channel), refined=refined)
+    return pseudo_masks(
+        model, replace(batch, label=batch.label.new_ones(channel.shape)), own, pseudo
+    )
 
 
 def mask_losses(supervised: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ from wsis.engine.optim import corrected_average, finite_norm, make_optimizer, po
 from wsis.engine.quarantine import about as quarantine_of
 from wsis.engine.quarantine import quarantine
 from wsis.engine.step import Siamese, Supervised, mask_losses, weak_losses
-from wsis.engine.validate import classification_map
+from wsis.engine.validate import classification_scores
 from wsis.errors import InputError
 from wsis.losses.equivariance import ClassCounts, count_classes
 from wsis.models.rtc import RTC
@@ -107,8 +107,9 @@ class Trainer:
             raise InputError("optim.amp fp16 needs a GPU; use bf16 or off on the CPU")
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.train_set = open_split(config.data, config.data.train_split)
-        self.val_set = open_split(config.data, config.data.val_split)
+        self.one_label = config.loss.classification == "single"
+        self.train_set = open_split(config.data, config.data.train_split, one_label=self.one_label)
+        self.val_set = open_split(config.data, config.data.val_split, one_label=self.one_label)
         if config.supervision == "masks":
             bare = [k for k in range(len(self.train_set)) if not self.train_set.has_mask(k)]
             if bare:
@@ -160,6 +161,7 @@ class Trainer:
             jitter=tuple(config.data.jitter),
             mean=self.model.backbone.mean,
             std=self.model.backbone.std,
+            square=config.data.square,
             seed=config.seed,
             workers=config.data.workers,
             masks=config.supervision == "masks",
@@ -341,15 +343,16 @@ class Trainer:
             self.ema.update_parameters(self.model)
         return values
 
-    def _validate(self) -> float:
-        value = classification_map(
+    def _validate(self) -> dict[str, float]:
+        values = classification_scores(
             self.evaluated_model(),
             self.val_set,
-            long_side=self.config.data.crop,
+            side=self.config.data.crop,
+            square=self.config.data.square,
             device=self.device,
         )
         self.model.train()
-        return value
+        return values
 
     def evaluated_model(self) -> RTC:
         """The network whose weights are the result: the moving average where there is one."""
@@ -415,7 +418,7 @@ class Trainer:
         means = self.means.mean()
         text = [f"{name} {means[name]:.3f}" for name in ("total", "cls", "seg") if name in means]
         if self.best_map >= 0:
-            text.append(f"mAP {self.best_map:.1f}")
+            text.append(f"{'top-1' if self.one_label else 'mAP'} {self.best_map:.1f}")
         text.append(f"{self.config.optim.batch_size * (bar.format_dict['rate'] or 0):.1f} img/s")
         bar.set_postfix_str(", ".join(text), refresh=False)
         bar.update()
@@ -425,9 +428,10 @@ class Trainer:
         pin = None
         last = epoch + 1 == self.config.optim.epochs
         if last or (epoch + 1) % self.config.validate_every == 0:
-            row["val_map"] = self._validate()
-            if row["val_map"] > self.best_map:
-                self.best_map, pin = row["val_map"], "best"
+            row |= self._validate()
+            value = row["val_top1" if self.one_label else "val_map"]
+            if value > self.best_map:
+                self.best_map, pin = value, "best"
         self.means.reset()
         self._lap()
         if self.log is None:

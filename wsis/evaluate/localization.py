@@ -7,6 +7,8 @@ pixels in [0, 1]; true boxes are scaled to that size with truncation.
 - MaxBoxAcc: largest over t, d = 0.5, the box of the largest contour.
 - MaxBoxAccV2: mean over d = 0.3, 0.5, 0.7 of the largest over t, boxes of all contours.
 - GT-known: BoxAcc at one threshold, d = 0.5, the box of the largest contour.
+- Top-1, Top-5 Loc: the true class is among the one or five likeliest, and the box of its map, as
+  for GT-known, overlaps by more than 0.5.
 - PxAP: area under precision and recall of the pixels of all images.
 """
 
@@ -23,6 +25,7 @@ from wsis.ops.score_boxes import box_overlaps
 
 SIZE = 224
 OVERLAPS = (0.3, 0.5, 0.7)
+TOP = (1, 5)
 FIXED = 0.2  # threshold of GT-known where a method names none
 
 
@@ -82,23 +85,30 @@ class BoxTally:
 
     Args:
         step: between thresholds.
-        fixed: threshold of GT-known localization.
+        fixed: threshold of GT-known, Top-1 and Top-5 localization.
+
+    Raises:
+        InputError: the fixed threshold is not in [0, 1).
     """
 
     def __init__(self, step: float = 0.001, fixed: float = FIXED) -> None:
+        if not 0 <= fixed < 1:
+            raise InputError(f"the threshold of GT-known must be in [0, 1), got {fixed}")
         self.thresholds = thresholds(step)
         self.fixed = fixed
-        self.images = self.known = 0
+        self.images = self.known = self.ranked = 0
+        self.top = dict.fromkeys(TOP, 0)
         shape = (len(OVERLAPS), len(self.thresholds))
         self.correct = {rule: np.zeros(shape, np.int64) for rule in ("all", "largest")}
 
-    def add(self, scores: Any, boxes: Any, owner: Any) -> None:
+    def add(self, scores: Any, boxes: Any, owner: Any, ranks: Any = None) -> None:
         """Count images.
 
         Args:
             scores: ``[N, 224, 224]`` in [0, 1].
             boxes: ``[M, 4]`` true boxes in pixels of the maps.
             owner: ``[M]``, the map of each.
+            ranks: ``[N]``, classes held more likely than the true one, where they are known.
         """
         levels = np.concatenate([self.thresholds, [self.fixed]])
         for rule, correct in self.correct.items():
@@ -107,6 +117,11 @@ class BoxTally:
                 correct[row] += (best[:, :-1] >= overlap).sum(axis=0)
             if rule == "largest":
                 self.known += int((best[:, -1] >= 0.5).sum())
+                if ranks is not None:
+                    self.ranked += len(scores)
+                    for count in TOP:
+                        hit = (best[:, -1] > 0.5) & (np.asarray(ranks) < count)
+                        self.top[count] += int(hit.sum())
         self.images += len(scores)
 
     def scores(self) -> dict[str, Any]:
@@ -124,7 +139,14 @@ class BoxTally:
             }
         result["GT-known"] = 100 * self.known / self.images
         result["GT-known threshold"] = self.fixed
+        if self.ranked == self.images:
+            for count, hits in self.top.items():
+                result[f"Top-{count} Loc"] = 100 * hits / self.images
         return result
+
+    def best_threshold(self) -> float:
+        """The lowest threshold at which most images are localized as GT-known asks."""
+        return float(self.thresholds[self.correct["largest"][OVERLAPS.index(0.5)].argmax()])
 
 
 class PixelTally:

@@ -1,7 +1,11 @@
-"""Localization scores of stored score maps, whoever made them, and of a trained run."""
+"""Localization scores of stored score maps, whoever made them, and of a trained run.
+
+Images pass one by one: memory does not grow with their number.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,31 +15,22 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from wsis.data.dataset import read_mask
-from wsis.data.localization import Localization, read_voc_boxes
+from wsis.data.localization import Localization, read_truth
 from wsis.engine.logs import write_json_atomic
 from wsis.errors import InputError
-from wsis.evaluate.localization import (
-    FIXED,
-    SIZE,
-    BoxTally,
-    PixelTally,
-    mask_truth,
-    normalize_scores,
-    resize_scores,
-    scale_boxes,
-)
+from wsis.evaluate.localization import FIXED, SIZE, mask_truth
 from wsis.evaluate.protocols import Protocol, list_hash
 from wsis.evaluate.report import overlay_heat
+from wsis.evaluate.score_maps import Seen, kinds_of, seed_maps, square_maps
+from wsis.evaluate.scorer import Scorer
 from wsis.evaluate.sheet import write_grid
-from wsis.offline.cams import make_seeds
+from wsis.offline.masks import write_bytes_atomic
 from wsis.ops.score_boxes import score_boxes
 
 if TYPE_CHECKING:
     from wsis.data.dataset import Dataset
     from wsis.models.rtc import RTC
 
-_CHUNK = 32  # maps handed to the threads at once
 _PICTURES = 6
 
 
@@ -60,11 +55,12 @@ def evaluate_scoremaps(
     root = Path(folder)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; expected <image id>.npy of every image in it")
-    maps = (_read_scoremap(root / f"{name}.npy") for name in truth.ids)
+    scorer = Scorer(truth, {"maps": fixed}, step=step)
+    for name in tqdm(truth.ids, desc="score", unit="map"):
+        scorer.add({"maps": _read_scoremap(root / f"{name}.npy")})
+    scores = {name: value for name, value in scorer.scores()["maps"].items() if value is not None}
     line = f"stored score maps; thresholds in steps of {step:g}"
-    progress = tqdm(maps, desc="score", unit="map", total=len(truth.ids))
-    result = _score(iter(progress), truth, step=step, fixed=fixed)
-    return result | {"protocol": _protocol(truth, line)}
+    return scores | {"protocol": _protocol(truth, line)}
 
 
 def evaluate_run_localization(
@@ -73,93 +69,159 @@ def evaluate_run_localization(
     *,
     protocol: Protocol,
     out: Path,
+    side: int | None = None,
     step: float = 0.001,
     fixed: float = FIXED,
+    tuning: Dataset | None = None,
+    mask_root: str | Path | None = None,
+    save: Path | None = None,
 ) -> dict[str, Any]:
     """Scores of a network's maps of the true class: its CAM, and its refined CAM where it has one.
 
-    Images are those whose boxes are of one class. Maps are made as for seeds at the image's size,
-    then resized to 224 x 224 (bicubic) and scaled to [0, 1]. Writes ``localization.png``.
+    A network that was trained to localize has a localization map, too, and is asked for the class.
+    Images are those whose boxes are of one class. Maps come from `wsis.evaluate.score_maps`, are
+    resized to 224 x 224 (bicubic) and scaled to [0, 1]. Writes ``localization.png``.
 
     Args:
         model: the network.
-        dataset: a split in VOC's layout, with boxes; masks are scored too where all are there.
-        protocol: its scales, flip and base_long are used.
+        dataset: a split in VOC's layout with boxes (masks are scored too where all are there), or
+            one with wsolevaluation's metadata.
+        protocol: its scales, flip and base_long are used, and its checkpoint named.
         out: folder of the picture and of ``localization.json``.
+        side: input size of a network trained to localize; None for others.
         step: between thresholds.
-        fixed: threshold of GT-known localization.
+        fixed: threshold of GT-known, Top-1 and Top-5 localization, for maps of every kind.
+        tuning: another split, on whose boxes that threshold is chosen for each kind instead.
+        mask_root: of the metadata's masks.
+        save: where maps are kept: ``<kind>/<image id>.npy`` as `evaluate_scoremaps` reads them.
 
     Returns:
-        JSON-ready: ``protocol``, ``cam`` and ``refined`` (or None), each `BoxTally.scores` and
-        ``PxAP`` (None without masks).
+        JSON-ready: ``protocol``; ``cam``, ``refined``, ``localization`` (or None), each
+        `BoxTally.scores` and ``PxAP`` (None without masks); ``classification`` (or None).
 
     Raises:
-        InputError: no boxes for any image of the split.
+        InputError: no boxes for any image of the split, or a threshold is to be chosen on it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    truth, classes = read_voc_boxes(dataset)
-    place = {name: i for i, name in enumerate(dataset.ids)}
-    rows = [place[name] for name in truth.ids]
-    masks = all(map(dataset.has_mask, rows))
-    kinds = ["cam", "refined"] if model.crr is not None else ["cam"]
-    maps: dict[str, list[NDArray[np.float64]]] = {kind: [] for kind in kinds}
-    pixels = {kind: PixelTally(step) for kind in kinds}
-    for row, kind in zip(tqdm(rows, desc="score maps", unit="image"), classes, strict=True):
-        label = np.zeros(len(dataset.classes), np.uint8)
-        label[kind] = 1
-        seeds = make_seeds(model, dataset.image(row), label, **protocol.passes())
-        for name in kinds:
-            seed = seeds.cam if name == "cam" else seeds.refined
-            assert seed is not None
-            scores = normalize_scores(resize_scores(seed[kind].numpy()))
-            maps[name].append(scores.astype(np.float32))
-            if masks:
-                pixels[name].add(scores, _object_mask(dataset.mask(row), kind + 1))
-    flip = "with" if protocol.flip else "no"
+    truth, rows, classes = read_truth(dataset, mask_root)
+    kinds = kinds_of(model, localizes=side is not None)
+    cuts, chosen = dict.fromkeys(kinds, fixed), f"GT-known at {fixed:g}, fixed beforehand"
+    if tuning is not None and truth.masks:
+        raise InputError(
+            f"{truth.source}: masks are scored by PxAP, which has no threshold to choose on "
+            f"'{tuning.split}'"
+        )
+    if tuning is not None:
+        cuts, where = _choose_thresholds(model, dataset, tuning, protocol, side=side, step=step)
+        values = ", ".join(f"{kind} {value:g}" for kind, value in cuts.items())
+        chosen = f"GT-known at {values}, chosen with the boxes of {where}"
+
+    def mask(n: int) -> NDArray[np.uint8]:
+        return _object_mask(dataset.mask(rows[n]), classes[n] + 1)
+
+    masked = not truth.masks and all(map(dataset.has_mask, rows))
+    scorer = Scorer(truth, cuts, step=step, masks=mask if masked else None)
+    shown = set(np.linspace(0, len(rows) - 1, num=min(_PICTURES, len(rows))).astype(int).tolist())
+    kept: dict[int, dict[str, NDArray[Any]]] = {}
+    stream = _see(model, dataset, rows, classes, protocol, side)
+    for n, seen in enumerate(tqdm(stream, desc="localize", unit="image", total=len(rows))):
+        scorer.add(seen.maps, seen.rank)
+        if n in shown:
+            kept[n] = seen.maps
+        if save is not None:
+            for kind, scores in seen.maps.items():
+                _write_scoremap(save / kind / f"{truth.ids[n]}.npy", scores)
     line = (
-        f"maps of the true class; scales {' '.join(f'{s:g}' for s in protocol.scales)}, {flip} "
-        f"flip, sum; checkpoint {protocol.checkpoint}; thresholds in steps of {step:g}"
+        f"maps of the true class; {_passes_line(protocol, side)}; checkpoint "
+        f"{protocol.checkpoint}; thresholds in steps of {step:g}"
     )
-    result: dict[str, Any] = {"protocol": _protocol(truth, line), "refined": None}
-    for name in kinds:
-        result[name] = _score(iter(maps[name]), truth, step=step, fixed=fixed)
-        result[name]["PxAP"] = pixels[name].pxap() if masks else None
+    line += "" if truth.masks else f"; {chosen}"
+    result: dict[str, Any] = {"protocol": _protocol(truth, line)}
+    result |= {"refined": None, "localization": None, "classification": scorer.classification()}
+    result |= scorer.scores()
     write_json_atomic(out / "localization.json", result)
-    _draw(out / "localization.png", dataset, truth, rows, maps, result)
+    _draw(out / "localization.png", dataset, truth, rows, kept, result)
     return result
+
+
+def describe_localization(result: Mapping[str, Any]) -> str:
+    """What `evaluate_run_localization` found, as text for a terminal."""
+    names = {"cam": "CAM", "refined": "refined CAM", "localization": "localization map"}
+    rows = {name: result[kind] for kind, name in names.items() if result[kind] is not None}
+    classification = result["classification"] or {}
+    return "\n".join(
+        [
+            format_localization(rows),
+            *(f"{name}: {value:.2f}" for name, value in classification.items()),
+            f"protocol: {result['protocol']['line']}",
+        ]
+    )
 
 
 def format_localization(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A table of name -> scores, as plain text."""
-    columns = ("MaxBoxAccV2", "MaxBoxAcc", "GT-known", "PxAP")
-    lines = [f"{'':<12}" + "".join(f"{column:>13}" for column in columns)]
+    columns = ("MaxBoxAccV2", "MaxBoxAcc", "GT-known", "Top-1 Loc", "Top-5 Loc", "PxAP")
+    lines = [f"{'':<17}" + "".join(f"{column:>13}" for column in columns)]
     for name, scores in results.items():
         values = (scores.get(column) for column in columns)
         cells = (f"{'-':>13}" if value is None else f"{value:13.2f}" for value in values)
-        lines.append(f"{name:<12}" + "".join(cells))
+        lines.append(f"{name:<17}" + "".join(cells))
     return "\n".join(lines)
 
 
 # ---- scoring -----------------------------------------------------------------------------------
 
 
-def _score(
-    maps: Iterator[NDArray[Any]], truth: Localization, *, step: float, fixed: float
-) -> dict[str, Any]:
-    if truth.masks:
-        pixels = PixelTally(step)
-        for scores, (masks, ignore) in zip(maps, truth.masks, strict=True):
-            left_out = None if ignore is None else read_mask(ignore)
-            pixels.add(scores, mask_truth(map(read_mask, masks), left_out))
-        return {"images": len(truth.ids), "PxAP": pixels.pxap()}
-    boxes = scale_boxes(truth.boxes, truth.sizes[truth.owner])
-    tally = BoxTally(step, fixed)
-    for start in range(0, len(truth.ids), _CHUNK):
-        count = min(_CHUNK, len(truth.ids) - start)
-        chunk = np.stack([next(maps) for _ in range(count)])
-        mine = (truth.owner >= start) & (truth.owner < start + count)
-        tally.add(chunk, boxes[mine], truth.owner[mine] - start)
-    return tally.scores()
+def _see(
+    model: RTC,
+    dataset: Dataset,
+    rows: list[int],
+    classes: list[int],
+    protocol: Protocol,
+    side: int | None,
+) -> Iterator[Seen]:
+    if side is None:
+        return seed_maps(model, dataset, rows, classes, protocol.passes())
+    return square_maps(model, dataset, rows, classes, side)
+
+
+def _choose_thresholds(
+    model: RTC,
+    dataset: Dataset,
+    tuning: Dataset,
+    protocol: Protocol,
+    *,
+    side: int | None,
+    step: float,
+) -> tuple[dict[str, float], str]:
+    """The best threshold of each kind of map on another split, and what to call that split."""
+    if set(tuning.ids) & set(dataset.ids):
+        raise InputError(
+            f"the threshold cannot be chosen on '{tuning.split}': it shares images with "
+            f"'{dataset.split}', which is scored (the best threshold there is MaxBoxAcc's)"
+        )
+    truth, rows, classes = read_truth(tuning)
+    kinds = kinds_of(model, localizes=side is not None)
+    scorer = Scorer(truth, dict.fromkeys(kinds, FIXED), step=step)
+    stream = _see(model, tuning, rows, classes, protocol, side)
+    for seen in tqdm(stream, desc="choose thresholds", unit="image", total=len(rows)):
+        scorer.add(seen.maps, seen.rank)
+    scorer.flush()
+    where = f"{tuning.split}, {len(rows)} images (list {list_hash(truth.ids)})"
+    return {kind: tally.best_threshold() for kind, tally in scorer.boxes.items()}, where
+
+
+def _passes_line(protocol: Protocol, side: int | None) -> str:
+    if side is not None:
+        return f"one pass, whole image to {side} x {side} (bicubic)"
+    scales = " ".join(f"{s:g}" for s in protocol.scales)
+    return f"scales {scales}, {'with' if protocol.flip else 'no'} flip, sum"
+
+
+def _write_scoremap(path: Path, scores: NDArray[np.float64]) -> None:
+    data = io.BytesIO()
+    np.save(data, scores)
+    write_bytes_atomic(path, data.getvalue())
 
 
 def _read_scoremap(path: Path) -> NDArray[Any]:
@@ -200,21 +262,23 @@ def _draw(
     dataset: Dataset,
     truth: Localization,
     rows: list[int],
-    maps: Mapping[str, list[NDArray[Any]]],
+    kept: Mapping[int, Mapping[str, NDArray[Any]]],
     result: Mapping[str, Any],
 ) -> None:
-    """A line per image: image, CAM, refined CAM; true boxes green, MaxBoxAcc's box red."""
+    """A line per image: itself, then its maps; true boxes green, MaxBoxAcc's box red."""
     lines = []
-    for n in np.linspace(0, len(rows) - 1, num=min(_PICTURES, len(rows))).astype(int):
+    for n, maps in kept.items():
         image = dataset.image(rows[n])
         true = truth.boxes[truth.owner == n]
         line = [_boxed(np.array(image), true, "lime")]
         for kind, scores in maps.items():
-            at = result[kind]["MaxBoxAcc by overlap"]["0.5"]["threshold"]
-            found = score_boxes(scores[n], at, "largest") * np.tile(image.size, 2) / SIZE
-            large = np.array(Image.fromarray(scores[n]).resize(image.size))
+            large = np.array(Image.fromarray(scores.astype(np.float32)).resize(image.size))
             heat = _boxed(overlay_heat(image, large[None]), true, "lime")
-            line.append(_boxed(heat, found, "red"))
+            if not truth.masks:
+                at = result[kind]["MaxBoxAcc by overlap"]["0.5"]["threshold"]
+                found = score_boxes(scores, at, "largest") * np.tile(image.size, 2) / SIZE
+                heat = _boxed(heat, found, "red")
+            line.append(heat)
         lines.append(line)
     write_grid(path, lines, tile=256)
 

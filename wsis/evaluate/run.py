@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from wsis.config import TrainConfig
 from wsis.data.dataset import Dataset, open_dataset, read_image
+from wsis.data.localization import read_truth
 from wsis.engine import distributed
 from wsis.engine.build import build_model, open_split
 from wsis.engine.checkpoint import CheckpointStore
@@ -24,6 +25,7 @@ from wsis.engine.logs import write_json_atomic
 from wsis.engine.quarantine import without_quarantined
 from wsis.errors import InputError
 from wsis.evaluate.cam_quality import evaluate_cams
+from wsis.evaluate.localize import describe_localization, evaluate_run_localization
 from wsis.evaluate.protocols import Protocol
 from wsis.evaluate.report import (
     class_colours,
@@ -96,6 +98,7 @@ def evaluate_run(
     Processes of one `wsis.engine.distributed.session` share the images out; the first one writes
     what one process alone would write, the others return an empty text.
 
+    A run that was trained to localize is scored as by `wsis evaluate wsol` instead.
     Writes `metrics.json`, `report.html` and `masks/` (palette PNGs). Numbers that need ground truth
     are left out where there is none.
 
@@ -114,6 +117,8 @@ def evaluate_run(
     out = folder if out is None else out
     if config.threads:
         torch.set_num_threads(config.threads)
+    if config.model.decoder == "object":
+        return _localize(config, folder, weights, out) if distributed.is_main() else ""
     val_set = open_split(config.data, config.data.val_split)
     train_set = open_split(config.data, config.data.train_split)
     if config.data.on_error == "skip":
@@ -192,6 +197,7 @@ def predict_files(
         files = [source]
     if not files or not files[0].exists():
         raise InputError(f"{source}: expected an image or a folder of images, found none")
+    check_segments(config)
     masks = _targets(files, out)
     mask_ids = read_about(folder)["val"]["mask_ids"]
     model = load_model(config, folder, len(mask_ids), weights)
@@ -240,6 +246,32 @@ def _targets(files: list[Path], out: Path) -> list[Path]:
             raise InputError(f"{targets[target]} and {file} would both become {target.name}")
         targets[target] = file
     return list(targets)
+
+
+def check_segments(config: TrainConfig) -> None:
+    """InputError where a run cannot make masks of classes."""
+    if config.model.decoder == "object":
+        raise InputError(
+            "this run was trained to localize (model.decoder object): it has no masks of classes; "
+            "score it with wsis evaluate wsol"
+        )
+
+
+def _localize(config: TrainConfig, folder: Path, weights: str, out: Path) -> str:
+    """Localization scores on the val split as text, or why there are none."""
+    dataset = open_split(config.data, config.data.val_split)
+    try:
+        read_truth(dataset)
+    except InputError as error:
+        return f"localization on '{dataset.split}' was not scored: {error}"
+    result = evaluate_run_localization(
+        load_model(config, folder, len(dataset.classes), weights),
+        dataset,
+        protocol=Protocol(**asdict(config.predict), checkpoint=weights),
+        out=out,
+        side=config.data.crop,
+    )
+    return describe_localization(result)
 
 
 def read_about(folder: Path) -> dict[str, Any]:

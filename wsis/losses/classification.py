@@ -1,4 +1,4 @@
-"""Image-level losses: multi-label soft margin, and minimum pooling of the refined CAM.
+"""Image-level losses: for several labels or one, and minimum pooling of the refined CAM.
 
 Sizes: ``B`` batch, ``K`` foreground classes, ``P`` any selection of them, ``H W`` image.
 """
@@ -24,6 +24,19 @@ def multilabel_soft_margin(class_logits: Tensor, label: Tensor) -> Tensor:
         Scalar.
     """
     return F.multilabel_soft_margin_loss(class_logits, label.to(class_logits))
+
+
+def single_label(class_logits: Tensor, label: Tensor) -> Tensor:
+    """Cross-entropy of the one class of each image, mean over the batch.
+
+    Args:
+        class_logits: ``[B, K]`` float.
+        label: ``[B, K]``, one-hot.
+
+    Returns:
+        Scalar.
+    """
+    return F.cross_entropy(class_logits, label.argmax(dim=1))
 
 
 def min_pooling(refined_up: Tensor, label: Tensor, fraction: float = 0.25) -> Tensor:

@@ -6,7 +6,7 @@ Sizes: ``B`` batch, ``K`` foreground classes, ``C = K + 1`` with background at 0
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from wsis.errors import InputError
 from wsis.global_batch import gather
 from wsis.losses import compensator, contrast, equivariance
-from wsis.losses.classification import min_pooling, multilabel_soft_margin
+from wsis.losses.classification import min_pooling, multilabel_soft_margin, single_label
 from wsis.losses.contrast import BackgroundPrototype
 from wsis.losses.segmentation import segmentation_loss
 from wsis.ops.normalize import as_float, ctr_scores
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from wsis.types import Maps
 
+CLASSIFICATION = {"multilabel": multilabel_soft_margin, "single": single_label}
 CTR_TERMS = ("ctr_intra", "ctr_label", "ctr_prototype")
 
 
@@ -35,6 +36,9 @@ class RtcWeights:
     A weight of 0 for ``ctr``, ``com`` or ``seg`` leaves these terms out altogether.
 
     Attributes:
+        classification: ``multilabel`` (soft margin: the paper's), or ``single``, the cross-entropy
+            of images with exactly one label, for localization. The paper's localization was never
+            released: this is a reconstruction.
         cls: weight of the classification loss.
         min_pool: weight of minimum pooling.
         er: weight of the equivariance of CAMs.
@@ -61,6 +65,7 @@ class RtcWeights:
         seg_balance: weigh classes by their rarity in the image.
     """
 
+    classification: Literal["multilabel", "single"] = "multilabel"
     cls: float = 1.0
     min_pool: float = 1.0
     er: float = 1.0
@@ -106,6 +111,7 @@ def rtc_losses(
     weights: RtcWeights | None = None,
     pseudo_masks: Tensor | None = None,
     counts: equivariance.ClassCounts | None = None,
+    classes: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """All loss terms of one training step, computed in float32.
 
@@ -120,6 +126,9 @@ def rtc_losses(
         pseudo_masks: ``[B, H, W] int64``, 0..K and 255; None leaves the segmentation loss out, as
             in the first epochs.
         counts: of `label`, where the caller has it on the CPU: then nothing waits for the device.
+        classes: ``[M] int64``, the classes that CAMs and refined CAMs have, all of the batch's
+            among them; None where they have all. Prototypes and contrast are then of these and
+            background only. Means count K classes either way.
 
     Returns:
         Scalars before their weights: ``cls``, ``er``; with refined CAMs also ``min_pool``, ``ecr``,
@@ -135,10 +144,11 @@ def rtc_losses(
         counts = equivariance.count_classes(label) if counts is None else counts
         grid = (view2_size, view2_size) if isinstance(view2_size, int) else tuple(view2_size)
         views = (view1, view2)
-        terms = {
-            "cls": _mean([multilabel_soft_margin(as_float(v.class_logits), label) for v in views])
-        }
-        terms |= _map_terms(views, label, (tuple(image_size), grid), weights, counts)
+        classify = CLASSIFICATION[weights.classification]
+        terms = {"cls": _mean([classify(as_float(v.class_logits), label) for v in views])}
+        chosen = label if classes is None else label[:, classes]
+        sizes = (tuple(image_size), grid)
+        terms |= _map_terms(views, chosen, label.shape[1], sizes, weights, counts)
         if pseudo_masks is not None and weights.seg:
             if view1.logits is None:
                 raise InputError(
@@ -166,12 +176,16 @@ def _mean(values: list[Tensor]) -> Tensor:
 def _map_terms(
     views: tuple[Maps, Maps],
     label: Tensor,
+    classes: int,
     sizes: tuple[tuple[int, int], tuple[int, int]],
     weights: RtcWeights,
     counts: equivariance.ClassCounts,
 ) -> dict[str, Tensor]:
-    """Terms between CAMs and refined CAMs; view 2's size is the common grid."""
-    grid, classes = sizes[1], label.shape[1]
+    """Terms between CAMs and refined CAMs; view 2's size is the common grid.
+
+    `label` has the maps' channels; `classes` is K, over which means are taken.
+    """
+    grid = sizes[1]
     index, present = equivariance.present_classes(label, counts.image)
 
     cams = []
@@ -200,20 +214,21 @@ def _map_terms(
     if weights.ctr or weights.com:
         classes_present = equivariance.classes_of_batch(label, counts.batch)
         selection = (index, present, classes_present)
-        terms |= _contrast_terms(views, label, cams, selection, weights)
+        terms |= _contrast_terms(views, label, classes, cams, selection, weights)
     return terms
 
 
 def _contrast_terms(
     views: tuple[Maps, Maps],
     label: Tensor,
+    count: int,
     cams: list[Tensor],
     selection: tuple[Tensor, Tensor, Tensor],
     weights: RtcWeights,
 ) -> dict[str, Tensor]:
-    """Contrastive terms and compensator, on the feature grid of view 2."""
+    """Contrastive terms and compensator, on the feature grid of view 2; `count` is K."""
     height, width = views[1].features.shape[-2:]
-    count = max(height * width // weights.top_divisor, 1)
+    best = max(height * width // weights.top_divisor, 1)
     scores, labels, tops, features, pools = [], [], [], [], []
     for view in views:
         features.append(contrast.batch_positions(resize(as_float(view.features), (height, width))))
@@ -226,7 +241,7 @@ def _contrast_terms(
                 contrast.top_positions(
                     gather(scores[-1]),
                     gather(label),
-                    count,
+                    best,
                     background=weights.background_prototype,
                     mask_by_label=weights.mask_topk_by_label,
                 )
@@ -262,7 +277,7 @@ def _contrast_terms(
             )
             per_view.append(
                 compensator.compensation(
-                    cams[v], completed, index, present, label.shape[1], weights.com_keep
+                    cams[v], completed, index, present, count, weights.com_keep
                 )
             )
         terms["com"] = torch.stack(per_view).sum()

@@ -51,8 +51,11 @@ class CrossRefinement(nn.Module):
         Returns:
             ``[B, K + 1, h, w] float32`` in [0, 1].
         """
-        grid = cams.shape[-2:]
-        seed = one_hot_max(seed_scores(cams.detach()))
+        return self.refine(one_hot_max(seed_scores(cams.detach())), image, features)
+
+    def refine(self, seed: Tensor, image: Tensor, features: Features) -> Tensor:
+        """Refined CAMs ``[B, M, h, w] float32`` of a seed ``[B, M, h, w]``, channel by channel."""
+        grid = seed.shape[-2:]
         picture = resize(image.detach(), grid)
         conv4, conv5, conv6 = (
             resize(f.detach(), grid) for f in (features.conv4, features.conv5, features.conv6)

@@ -19,7 +19,8 @@ class Decoder(nn.Module):
 
     Args:
         channels: ``(c3, c4, c5, c6)`` of the backbone.
-        num_classes: K foreground classes; the logits have K + 1 channels.
+        num_classes: K foreground classes; the logits have K + 1 channels. 1 tells an object from
+            background, whatever its class.
         dims: ``(m, n, s, d)``: outputs of W1, of W2 and W3, of W5, of W4 and W6;
             (512, 256, 48, 256) in RTC.
     """

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsis.global_batch import ChannelDropout
+from wsis.ops.normalize import as_float, one_hot_max, seed_scores
+
+_SEED_BLOCK = 1 << 22  # elements of a temporary
 
 
 class CamHead(nn.Module):
@@ -35,8 +38,44 @@ class CamHead(nn.Module):
 
     def forward(self, conv6: Tensor) -> tuple[Tensor, Tensor]:
         """Projected features ``[B, D, h, w]`` >= 0 and CAMs ``[B, K, h, w]`` of conv6."""
-        features = F.relu(self.projection(self.dropout(conv6)))
+        features = self.project(conv6)
         return features, F.conv2d(features, self.classifier.weight[1:])
+
+    def project(self, conv6: Tensor) -> Tensor:
+        """Projected features ``[B, D, h, w]`` >= 0."""
+        return F.relu(self.projection(self.dropout(conv6)))
+
+    def cams_of(self, features: Tensor, classes: Tensor) -> Tensor:
+        """CAMs ``[B, M, h, w]`` of the classes ``[M] int64`` (0..K-1) only."""
+        return F.conv2d(features, self.classifier.weight[1:][classes])
+
+    def logits_of(self, features: Tensor, size: Sequence[int]) -> Tensor:
+        """Image-level logits ``[B, K]``: the mean commutes with ``W``, so no CAM is formed."""
+        return F.linear(mean_of_resized(features, size), self.classifier.weight[1:].flatten(1))
+
+    @torch.no_grad()
+    def seeds_of(self, features: Tensor, classes: Tensor) -> Tensor:
+        """Seeds of refinement of some classes, out of the contest of all.
+
+        A position keeps only its strongest class, so all K CAMs are needed; they exist for a few
+        images at a time.
+
+        Args:
+            features: ``[B, D, h, w]``, projected.
+            classes: ``[M] int64``, 0..K-1.
+
+        Returns:
+            ``[B, 1 + M, h, w]``, background first.
+        """
+        kept = torch.cat([classes.new_zeros(1), classes + 1])
+        weight = self.classifier.weight[1:]
+        step = max(1, _SEED_BLOCK // (len(weight) * features[0, 0].numel()))
+        return torch.cat(
+            [
+                one_hot_max(seed_scores(as_float(F.conv2d(part, weight))))[:, kept]
+                for part in features.detach().split(step)
+            ]
+        )
 
 
 def mean_of_resized(maps: Tensor, size: Sequence[int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ class RTC(nn.Module):
         crr: with cross-representation refinement; without it ``Maps.refined`` is None.
         crr_dims: see :class:`wsis.models.crr.CrossRefinement`.
         decoder_dims: see :class:`wsis.models.decoder.Decoder`.
+        decoder: ``classes``: background and each class; ``object``: background and object, for
+            images of one label.
         freeze_stem: keep the backbone's first stages as they are.
         freeze_bn: every BatchNorm stays in evaluation mode with fixed scale and shift, also
             after ``train()``. False lets them learn, as training from scratch needs.
@@ -54,6 +57,7 @@ class RTC(nn.Module):
         crr: bool = True,
         crr_dims: tuple[int, int, int, int] = (64, 128, 128, 128),
         decoder_dims: tuple[int, int, int, int] = (512, 256, 48, 256),
+        decoder: Literal["classes", "object"] = "classes",
         freeze_stem: bool = True,
         freeze_bn: bool = True,
     ) -> None:
@@ -68,7 +72,8 @@ class RTC(nn.Module):
             backbone.channels[3], num_classes, feature_dim=feature_dim, dropout=dropout
         )
         self.crr = CrossRefinement(backbone.channels, dims=crr_dims) if crr else None
-        self.decoder = Decoder(backbone.channels, num_classes, dims=decoder_dims)
+        decoded = 1 if decoder == "object" else num_classes
+        self.decoder = Decoder(backbone.channels, decoded, dims=decoder_dims)
         if freeze_stem:
             for module in backbone.frozen_modules():
                 module.requires_grad_(False)
@@ -76,7 +81,14 @@ class RTC(nn.Module):
             norm.requires_grad_(False)
         self.train()
 
-    def forward(self, image: Tensor, *, decode: bool = True, refine: bool = True) -> Maps:
+    def forward(
+        self,
+        image: Tensor,
+        *,
+        decode: bool = True,
+        refine: bool = True,
+        classes: Tensor | None = None,
+    ) -> Maps:
         """Maps of one view; half-precision results are returned as float32.
 
         Args:
@@ -84,6 +96,9 @@ class RTC(nn.Module):
             decode: also run the decoder (only the first view needs it).
             refine: also run cross-representation refinement, where the model has it: its affinity
                 is quadratic in the positions, and prediction does not need it.
+            classes: ``[M] int64``, 0..K-1, make CAMs and refined CAMs ``[B, M, ..]``,
+                ``[B, 1 + M, ..]`` of these only: nothing then is of size B x K x h x w. Equal to
+                those channels of all up to rounding. The image-level logits are of all classes.
 
         Raises:
             InputError: the image has another shape.
@@ -91,12 +106,23 @@ class RTC(nn.Module):
         if image.dim() != 4 or image.shape[1] != 3:
             raise InputError(f"image must be [B, 3, H, W], got {list(image.shape)}")
         features = self.backbone(image)
-        projected, cams = map(_at_least_float32, self.head(features.conv6))
+        crr, refined = self.crr if refine else None, None
+        if classes is None:
+            projected, cams = map(_at_least_float32, self.head(features.conv6))
+            class_logits = mean_of_resized(cams, image.shape[-2:])
+            if crr is not None:
+                refined = crr(cams, image, features)
+        else:
+            projected = _at_least_float32(self.head.project(features.conv6))
+            cams = _at_least_float32(self.head.cams_of(projected, classes))
+            class_logits = _at_least_float32(self.head.logits_of(projected, image.shape[-2:]))
+            if crr is not None:
+                refined = crr.refine(self.head.seeds_of(projected, classes), image, features)
         return Maps(
             cams=cams,
-            class_logits=mean_of_resized(cams, image.shape[-2:]),
+            class_logits=class_logits,
             features=projected,
-            refined=self.crr(cams, image, features) if refine and self.crr is not None else None,
+            refined=refined,
             logits=_at_least_float32(self.decoder(features)) if decode else None,
         )
 

@@ -95,6 +95,25 @@ def test_ranks_share_each_global_batch(scenes, world_size):
         assert torch.equal(torch.cat([part.image for part in parts]), whole.image)
 
 
+def test_the_tail_of_an_epoch_is_dropped_alike_for_any_number_of_processes():
+    """19 images in batches of 8: three are left out of each epoch, other ones each time."""
+    few, epochs = open_dataset("scenes", n_train=19), 2000
+    parts = {
+        count: [make(few, batch_size=8, rank=r, world_size=count) for r in range(count)]
+        for count in (1, 2, 4, 8)
+    }
+    seen = np.zeros(19)
+    for epoch in range(epochs):
+        (whole,) = (np.array(loader._order(epoch, 0)) for loader in parts[1])
+        assert whole.shape == (2, 8) and len(np.unique(whole)) == 16
+        seen[whole] += 1
+        for loaders in parts.values() if epoch < 20 else ():
+            shares = [loader._order(epoch, 0) for loader in loaders]
+            np.testing.assert_array_equal(np.concatenate(shares, axis=1), whole)
+    expected = epochs * 16 / 19
+    assert np.abs(seen - expected).max() < 4 * np.sqrt(expected * 3 / 19)  # binomial, 4 sigma
+
+
 def test_a_sample_depends_on_seed_epoch_and_position_only(scenes):
     def samples(**options) -> dict[int, torch.Tensor]:
         epoch = options.pop("epoch", 0)

@@ -347,6 +347,7 @@ def test_two_processes_train_the_supervised_twin(trained, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert "2 processes: global batch 4, 2 images each" in done.stdout
     assert json.loads((tmp_path / "ddp" / "metrics.json").read_text())["cams"] is None
 
 

@@ -112,19 +112,17 @@ def train(arguments: list[str]) -> int:
         raise InputError(f"--resume must be 'auto' or 'none', got '{namespace.resume}'")
     folder = _run_folder(namespace.out, namespace.recipe, resume=namespace.resume == "auto")
 
-    from wsis.engine import distributed
-
     if namespace.gpus is not None:
+        from wsis.engine.check import check
+        from wsis.engine.launch import launch
+
         if namespace.gpus < 1:
             raise InputError(f"--gpus must be at least 1, got {namespace.gpus}")
-        batch, rate = config.optim.batch_size, config.optim.lr
-        print(
-            f"{namespace.gpus} processes: global batch {batch}, {batch / namespace.gpus:g} images "
-            f"each; learning rate {rate:g}, which belongs to the global batch"
-        )
+        check(config, namespace.gpus)
         rest = _without(_without(arguments, "--gpus"), "--out")
         # The folder was chosen here: the processes would each look for the next free one.
-        return distributed.launch(["train", *rest, "--out", str(folder)], namespace.gpus)
+        return launch(["train", *rest, "--out", str(folder)], namespace.gpus)
+    from wsis.engine import distributed
     from wsis.engine.trainer import NonFiniteError, Trainer
 
     with distributed.session(config.device):

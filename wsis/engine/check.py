@@ -6,6 +6,26 @@ from wsis.config import TrainConfig
 from wsis.errors import InputError
 
 
+def batch_rule(config: TrainConfig, processes: int, before: int | None = None) -> str | None:
+    """What stays the same when the number of processes changes, in a line; None for one process.
+
+    Args:
+        config: its batch and learning rate belong to all processes together.
+        processes: how many train.
+        before: how many trained the part of the run that is resumed.
+    """
+    if processes == 1 and before in (None, 1):
+        return None
+    batch, parts = config.optim.batch_size, config.optim.accumulate
+    count = f"{processes} process{'es' if processes > 1 else ''}"
+    count += f" (until now {before})" if before not in (None, processes) else ""
+    each = f"{batch // processes} images each" + (f" in {parts} parts" if parts > 1 else "")
+    return (
+        f"{count}: global batch {batch}, {each}; learning rate {config.optim.lr:g}, which belongs "
+        "to the global batch"
+    )
+
+
 def check(config: TrainConfig, processes: int) -> None:
     """Refuse a configuration that would fail later; InputError names the field and its range."""
     optim, data = config.optim, config.data

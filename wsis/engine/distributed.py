@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -17,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from wsis.engine.launch import end_with_parent
 from wsis.errors import InputError
 
 T = TypeVar("T")
@@ -36,8 +34,9 @@ def default_device() -> torch.device:
 def session(device: str = "auto", *, timeout: float = 600.0) -> Iterator[torch.device]:
     """Belong to the processes that torchrun started (nccl on GPUs, gloo on CPUs).
 
-    When a rank dies torchrun ends the others; besides, a collective that waits longer than
-    ``timeout`` fails. So work that one rank does alone (validation, saving) must stay below it.
+    When a rank dies torchrun ends the others, and when torchrun dies they end too; besides, a
+    collective that waits longer than ``timeout`` fails. So work that one rank does alone
+    (validation, saving) must stay below it.
     The group is not taken down after an error: with nccl that would wait for the other ranks.
 
     Args:
@@ -66,6 +65,7 @@ def session(device: str = "auto", *, timeout: float = 600.0) -> Iterator[torch.d
         raise InputError(
             f"RANK is set but {', '.join(missing)} is not; launch with torchrun, or unset RANK"
         )
+    end_with_parent()
     backend = "gloo"
     if kind == "cuda":
         backend, local, found = "nccl", int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -80,30 +80,6 @@ def session(device: str = "auto", *, timeout: float = 600.0) -> Iterator[torch.d
     # Together: gloo aborts a process whose peer has closed its sockets before it.
     dist.barrier()
     dist.destroy_process_group()
-
-
-def launch(arguments: list[str], processes: int) -> int:
-    """Run ``wsis ARGUMENTS`` in several processes of this machine; returns the exit code.
-
-    Args:
-        arguments: of the command line, as the processes shall read them.
-        processes: one for each GPU, or on the CPU as many as wanted.
-
-    Raises:
-        InputError: called by a process that was itself launched.
-    """
-    if "RANK" in os.environ:
-        raise InputError("--gpus starts processes itself; leave it out under torchrun")
-    # By address: names of containers often do not resolve, which --standalone needs.
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--master_addr=127.0.0.1"]
-    command += [f"--master_port={port}", f"--nproc_per_node={processes}", "-m", "wsis", *arguments]
-    # Threads are shared out: torchrun would set one, which is right for GPUs only.
-    share = max(1, (os.cpu_count() or 1) // processes)
-    environment = {"OMP_NUM_THREADS": str(share), **os.environ}
-    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def _joined() -> bool:

@@ -27,7 +27,7 @@ from wsis.data.dataset import Dataset
 from wsis.data.loader import make_loader
 from wsis.engine import distributed
 from wsis.engine.build import build_model, open_split
-from wsis.engine.check import check
+from wsis.engine.check import batch_rule, check
 from wsis.engine.checkpoint import (
     CheckpointStore,
     optimizer_state,
@@ -184,9 +184,19 @@ class Trainer:
             self._restore(latest)
         if self.log is not None:
             self.log.rewind(self.step)
+            before = self._processes_before() if self.step else None
+            if (line := batch_rule(config, distributed.world_size(), before)) is not None:
+                print(line, flush=True)
             self._describe()
 
     # -- state ---------------------------------------------------------------------------------
+
+    def _processes_before(self) -> int | None:
+        """How many processes trained the run that is resumed, where it says so."""
+        try:
+            return json.loads((self.folder / "about.json").read_text())["world_size"]
+        except (OSError, ValueError, KeyError):
+            return None
 
     def _describe(self) -> None:
         """Store what a reader of the folder needs: configuration, versions, data fingerprint."""

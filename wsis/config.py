@@ -37,8 +37,14 @@ class DataConfig:
         view2_flip: mirror the second view, and its maps back (SLRNet's transform; the release only
             scales).
         flip: probability of a horizontal flip.
+        resize_scale: range of the factor by which a training image is resized, drawn instead of
+            its long side; null draws the long side.
         jitter: colour jitter of brightness, contrast, saturation, hue.
+        hsv: largest shifts of hue (in 180 steps of a turn), saturation and value (in 255 steps),
+            added after `jitter`; not with DALI.
         workers: processes that load data; 0 loads in the training process.
+        masks: folder of pseudo masks `<id>.png` with the data set's file ids, one for each training
+            image, for `supervision: pseudo`; 255 is ignored.
         loader: what decodes and augments: `torch`, `dali` (on the GPU that trains), or `auto`: dali
             where it is installed, a GPU trains and the images are files. Both make the same
             batches up to rounding.
@@ -58,7 +64,10 @@ class DataConfig:
     view2: int = 128
     view2_flip: bool = False
     flip: float = 0.5
+    resize_scale: tuple[float, float] | None = None
     jitter: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1)
+    hsv: tuple[int, int, int] = (0, 0, 0)
+    masks: str | None = None
     workers: int = 2
     loader: Literal["auto", "torch", "dali"] = "auto"
     on_error: Literal["fail", "skip"] = "fail"
@@ -73,19 +82,25 @@ class ModelConfig:
             `timm:NAME`.
         weights: `pretrained` (found or fetched by the backbone's own package), a weights file,
             or `none` for random initialisation.
+        head: `rtc` (the method's), or a segmentation network's, which learns from masks:
+            `deeplabv1` (LargeFOV), `deeplabv2` (ASPP) or `deeplabv3`.
         output_stride: stride of the CAM grid; null takes the backbone's own default.
         feature_dim: channels of the projected features X.
-        dropout: channel dropout before the CAM head.
+        dropout: channel dropout before the CAM head; plain dropout before the classifier of
+            `deeplabv1` and `deeplabv2`.
         crr: with cross-representation refinement; false is the Baseline of the method's ladder.
         crr_dims: channels of cross-representation refinement (shallow, deep 4, deep 5, deep).
         decoder_dims: channels of the decoder (middle, branch, shallow, joint).
         decoder: what it tells apart: background and each of the `classes`, or background and
             `object` (localization; goes with `loss.classification: single`).
         freeze_stem: keep the first stages at their pretrained weights.
-        freeze_bn: keep every BatchNorm in inference mode; false when training from scratch.
+        freeze_bn: keep every BatchNorm (of a segmentation network: of its backbone) in inference
+            mode; false when training from scratch.
+        bn_momentum: how fast BatchNorm's statistics follow; null keeps each layer's own.
     """
 
     backbone: str = "wideresnet38"
+    head: Literal["rtc", "deeplabv1", "deeplabv2", "deeplabv3"] = "rtc"
     weights: str = "none"
     output_stride: int | None = None
     feature_dim: int = 256
@@ -96,6 +111,7 @@ class ModelConfig:
     decoder: Literal["classes", "object"] = "classes"
     freeze_stem: bool = True
     freeze_bn: bool = True
+    bn_momentum: float | None = None
 
 
 @dataclass
@@ -126,6 +142,7 @@ class OptimConfig:
         warmup: share of all steps with linear warm-up.
         clip: largest gradient norm; null does not clip.
         epochs: passes over the training list.
+        steps: optimiser steps of the whole run, in place of `epochs`; 0 counts epochs.
         batch_size: images per optimiser step over all processes and accumulation parts.
         accumulate: parts that a batch is split into, to save memory; prototypes then come from
             one part, and with several processes from one process's share.
@@ -144,6 +161,7 @@ class OptimConfig:
     warmup: float = 0.0
     clip: float | None = None
     epochs: int = 25
+    steps: int = 0
     batch_size: int = 8
     accumulate: int = 1
     ema: float = 0.0
@@ -195,8 +213,9 @@ class TrainConfig:
         pseudo: online pseudo masks.
         optim: optimiser and schedule.
         predict: inference and scoring after training.
-        supervision: `labels` (image-level labels alone: the method) or `masks` (the fully
-            supervised twin: the same network, data and budget, told the truth).
+        supervision: `labels` (image-level labels alone: the method), `masks` (the fully
+            supervised twin: the same network, data and budget, told the truth) or `pseudo` (the
+            second stage: a segmentation network on the masks of the first, `data.masks`).
         seed: of everything random.
         threads: CPU threads of torch; 0 leaves torch's own choice.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -213,7 +232,7 @@ class TrainConfig:
     pseudo: PseudoConfig = field(default_factory=PseudoConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
-    supervision: Literal["labels", "masks"] = "labels"
+    supervision: Literal["labels", "masks", "pseudo"] = "labels"
     seed: int = 1
     threads: int = 0
     device: str = "auto"

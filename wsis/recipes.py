@@ -195,3 +195,77 @@ def rtc_coco_wr38() -> TrainConfig:
     config.optim.epochs = 10
     config.pseudo.start = 0.3
     return config
+
+
+_SEGMENTATION = PredictConfig(
+    scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), gate=False, fuse="logits", background_power=1.0
+)
+
+
+@recipe
+def deeplabv1_voc_wr38() -> TrainConfig:
+    """Second stage on PASCAL VOC: DeepLabv1 (LargeFOV) on WideResNet38, as RTC ships it.
+
+    ``wsis train --recipe deeplabv1_voc_wr38 --data.root VOC --masks DIR``; 20,000 steps of 10.
+    Differs: images are resized bicubically with antialiasing, padding is zero after normalisation;
+    scale and shift of BatchNorm learn (the release moves their statistics alone). The release calls
+    a CRF that it does not contain, ``dense_crf_from_deeplabv2``; `deeplab` are that paper's
+    constants. Weights as for `rtc_voc_wr38`.
+    """
+    return TrainConfig(
+        data=DataConfig(
+            train_split="trainaug",
+            resize_scale=(0.5, 1.5),
+            jitter=(0.0, 0.0, 0.0, 0.0),
+            hsv=(10, 10, 10),
+        ),
+        model=ModelConfig(
+            head="deeplabv1",
+            weights="pretrained",
+            freeze_stem=False,
+            freeze_bn=False,
+            bn_momentum=3e-4,
+        ),
+        optim=OptimConfig(lr=0.001, momentum=0.9, steps=20_000, batch_size=10),
+        predict=replace(_SEGMENTATION, crf="deeplab"),
+        supervision="pseudo",
+        validate_every=5,
+    )
+
+
+@recipe
+def deeplabv2_voc_r101() -> TrainConfig:
+    """Second stage on PASCAL VOC: DeepLabv2 (ASPP, global branch) on ResNet-101, as RTC ships it.
+
+    Output stride 8 and the deep stem of three 3x3 convolutions, which timm's `resnet101s` has
+    (extra ``timm``). Schedule and differences as in `deeplabv1_voc_wr38`; its CRF takes labels.
+    """
+    config = deeplabv1_voc_wr38()
+    config.model.backbone, config.model.output_stride = "timm:resnet101s", 8
+    config.model.head = "deeplabv2"
+    config.predict.crf = "irn-label"
+    return config
+
+
+@recipe
+def deeplab_lite0() -> TrainConfig:
+    """Second stage on photographs of a few classes with EfficientNet-Lite0, for a CPU.
+
+    ``wsis train --recipe deeplab_lite0 --data.root FOLDER --masks DIR``. Differs from the paper:
+    `lite0`'s backbone, crop, rate, clipping, average of the weights and test sizes; DeepLabv2's
+    head, the backbone's BatchNorms kept as they are; images of 0.5 to 1.5 times the test size.
+    """
+    first = lite0()
+    return TrainConfig(
+        data=replace(
+            first.data,
+            resize_long=(176, 528),
+            jitter=(0.0, 0.0, 0.0, 0.0),
+            hsv=(10, 10, 10),
+        ),
+        model=ModelConfig(backbone="efficientnet_lite0", head="deeplabv2", weights="pretrained"),
+        optim=replace(first.optim, epochs=8),
+        predict=replace(_SEGMENTATION, scales=(0.75, 1.0, 1.25), base_long=352),
+        supervision="pseudo",
+        validate_every=4,
+    )

@@ -53,13 +53,18 @@ class Maps:
     Where the network was asked for M classes only, CAMs and refined CAMs have M and 1 + M channels.
     The logits of a decoder that knows only objects have 2.
 
+    A segmentation network (`wsis.models.deeplab`) has no CAMs and no projected features: they have
+    no channels there.
+
     Attributes:
         cams: ``[B, K, h, w]``, raw class activation maps A (before any ReLU).
-        class_logits: ``[B, K]``, mean of the CAMs resized to the input size.
+        class_logits: ``[B, K]``, mean of the CAMs resized to the input size; of a segmentation
+            network the largest lead of each class over all others at any pixel.
         features: ``[B, D, h, w]``, projected features X >= 0.
         refined: ``[B, C, h, w]``, refined CAM R of cross-representation refinement in [0, 1];
             None when the model is built without it.
-        logits: ``[B, C, H/4, W/4]``, decoder output M; None where it was not asked for.
+        logits: ``[B, C, H/4, W/4]``, decoder output M; None where it was not asked for. Of a
+            segmentation network: on its backbone's last grid.
     """
 
     cams: Tensor

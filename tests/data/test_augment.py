@@ -275,3 +275,47 @@ def test_second_view_keeps_corners(size):
     assert torch.equal(second_view(image, 16, flip=True), view.flip(-1))
     same = second_view(image[..., :5, :5], min(5, *size))
     torch.testing.assert_close(same, image[..., :5, :5])
+
+
+def test_scale_is_uniform_over_its_range():
+    image = photo(40, 20)
+    heights = []
+    for seed in range(300):
+        _, _, box = train_transform(
+            image, None, rng(seed), crop=64, resize_long=(1, 1), resize_scale=(0.5, 1.5), **USUAL
+        )
+        y0, y1, x0, x1 = box.tolist()
+        assert abs((x1 - x0) - 2 * (y1 - y0)) <= 1
+        heights.append(y1 - y0)
+    assert (min(heights), max(heights)) == (10, 30)
+    assert abs(np.mean(heights) - 20) < 1.2  # standard error 0.34
+    thirds = np.histogram(heights, bins=(10, 16.5, 23.5, 31))[0]
+    assert thirds.min() >= 70
+
+
+def test_hsv_shifts_are_drawn_after_all_else():
+    sizes = {"crop": 64, "resize_long": (60, 90), "flip": 0.5, "jitter": (0.3, 0.3, 0.3, 0.1)}
+    still = [draw(rng(seed), (40, 50), **sizes) for seed in range(200)]
+    shifted = [draw(rng(seed), (40, 50), **sizes, hsv=(10, 3, 1)) for seed in range(200)]
+    for before, after in zip(still, shifted, strict=True):
+        assert before.hsv == (0, 0, 0)
+        assert (before.size, before.place, before.factors) == (
+            after.size,
+            after.place,
+            after.factors,
+        )
+    for k, most in enumerate((10, 3, 1)):
+        assert {drawn.hsv[k] for drawn in shifted} == set(range(-most, most + 1))
+
+
+def test_hsv_shift_reaches_the_image_and_not_the_mask():
+    image, mask = photo(40, 30), np.full((30, 40), 2, np.uint8)
+    sizes = {"crop": 40, "resize_long": (40, 40), **STILL, **PLAIN}
+    plain, same_mask, _ = train_transform(image, mask, rng(3), **sizes)
+    shifted, shifted_mask, box = train_transform(image, mask, rng(3), **sizes, hsv=(10, 10, 10))
+    assert torch.equal(same_mask, shifted_mask)
+    change = (plain - shifted).abs()
+    y0, y1, x0, x1 = box.tolist()
+    assert change[:, y0:y1, x0:x1].mean() > 1
+    change[:, y0:y1, x0:x1] = 0
+    assert change.max() == 0

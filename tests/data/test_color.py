@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
-from wsis.data.color import HUE, adjust, hue_steps
+from wsis.data.color import HUE, adjust, hue_steps, shift_hsv
 
 TORCHVISION = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 
@@ -57,3 +57,23 @@ def test_pictures_and_arrays_alike():
 @pytest.mark.parametrize(("turns", "steps"), [(0, 0), (0.1, 25), (-0.1, 231), (0.5, 127)])
 def test_hue_steps(turns, steps):
     assert hue_steps(turns) == steps
+
+
+def test_no_shift_of_hsv_is_pillows_way_there_and_back():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    expected = np.asarray(Image.fromarray(noise).convert("HSV").convert("RGB"))
+    np.testing.assert_array_equal(shift_hsv(noise, 0, 0, 0), expected)
+
+
+@pytest.mark.parametrize(
+    ("hue", "saturation", "value"), [(10, -7, 9), (-10, 250, -3), (90, 0, 255)]
+)
+def test_shifts_of_hsv_are_pillows_channels_plus_the_shift(hue, saturation, value):
+    levels = np.unique(np.r_[0:256:15, 1, 127, 254]).astype(np.uint8)
+    image = colours(levels)
+    channels = np.asarray(Image.fromarray(image).convert("HSV")).astype(int)
+    channels[..., 0] = (channels[..., 0] + round(hue / 180 * 256)) % 256
+    channels[..., 1] = (channels[..., 1] + saturation).clip(0, 255)
+    channels[..., 2] = (channels[..., 2] + value).clip(0, 255)
+    shifted = Image.fromarray(channels.astype(np.uint8), "HSV").convert("RGB")
+    np.testing.assert_array_equal(shift_hsv(image, hue, saturation, value), np.asarray(shifted))

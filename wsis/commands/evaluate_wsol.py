@@ -83,6 +83,11 @@ def evaluate_wsol(arguments: list[str]) -> int:
 
         folder = Path(options.run)
         config = load_config(folder / "config.yaml")
+        if config.model.head != "rtc":
+            raise InputError(
+                f"{folder} is a segmentation network ({config.model.head}) without CAMs; "
+                "localization is scored on the first stage's run"
+            )
         config.data.root = options.root or config.data.root
         config.device = options.device or config.device
         dataset = open_split(config.data, options.split or config.data.val_split)

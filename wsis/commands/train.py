@@ -47,6 +47,9 @@ def _train_parser(defaults: TrainConfig) -> Any:
     parser.add_argument(
         "--gpus", type=int | None, default=None, help="processes to train in, one per GPU"
     )
+    parser.add_argument(
+        "--masks", type=str | None, default=None, help="--data.masks: the first stage's masks"
+    )
     parser.add_class_arguments(TrainConfig)
     parser.set_defaults(_flatten(defaults.as_dict()))
     return parser
@@ -58,7 +61,9 @@ def _train_config(namespace: Any, parser: Any) -> TrainConfig:
     from wsis.config import TrainConfig
 
     built = parser.instantiate(namespace)
-    return TrainConfig(**{f.name: built[f.name] for f in fields(TrainConfig)})
+    config = TrainConfig(**{f.name: built[f.name] for f in fields(TrainConfig)})
+    config.data.masks = namespace.masks or config.data.masks
+    return config
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from wsis.data.color import jitter_window
+from wsis.data.color import jitter_window, shift_hsv
 from wsis.errors import InputError, MissingExtraError
 from wsis.types import IGNORE
 
@@ -49,6 +49,8 @@ def train_transform(
     resize_long: tuple[int, int],
     flip: float = 0.5,
     jitter: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1),
+    resize_scale: tuple[float, float] | None = None,
+    hsv: tuple[int, int, int] = (0, 0, 0),
     mean: Triple,
     std: Triple,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -63,6 +65,11 @@ def train_transform(
         flip: probability of mirroring left to right.
         jitter: largest change of brightness, contrast, saturation (factors 1 - x to 1 + x, not
             below 0) and hue (shift in turns, at most 0.5), applied in random order.
+        resize_scale: smallest and largest factor of both sides, drawn uniformly instead of the
+            longer side; None draws the longer side.
+        hsv: largest shifts of hue (in steps of 1/180 turn), saturation and value (in steps of
+            1/255), drawn uniformly as integers and added after `jitter` (YudeWang/
+            semantic-segmentation-codebase: 10 each, in OpenCV's 8-bit HSV).
         mean: of the image in [0, 1], per channel.
         std: of the image in [0, 1], per channel.
 
@@ -92,6 +99,8 @@ def train_transform(
         resize_long=resize_long,
         flip=flip,
         jitter=jitter,
+        resize_scale=resize_scale,
+        hsv=hsv,
     )
     out = torch.zeros(3, crop, crop)
     write_crop(image, drawn, out, mean, std)
@@ -110,6 +119,7 @@ class Draw:
         order: which of the four are applied, by position in `factors`, in this order.
         place: for rows, then columns: offset in the crop, offset in the resized and mirrored
             image, length kept.
+        hsv: shifts of hue (1/180 turn), saturation and value (1/255).
     """
 
     size: tuple[int, int]
@@ -117,6 +127,7 @@ class Draw:
     factors: tuple[float, float, float, float]
     order: tuple[int, ...]
     place: tuple[tuple[int, int, int], tuple[int, int, int]]
+    hsv: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def inside(self) -> tuple[slice, slice]:
@@ -148,6 +159,8 @@ def draw(
     flip: float,
     jitter: tuple[float, float, float, float],
     square: bool = False,
+    resize_scale: tuple[float, float] | None = None,
+    hsv: tuple[int, int, int] = (0, 0, 0),
 ) -> Draw:
     """Draw one sample's augmentation; the arguments are those of `train_transform`.
 
@@ -159,6 +172,8 @@ def draw(
         flip: probability of mirroring.
         jitter: largest changes of colour.
         square: resize both sides to the length drawn.
+        resize_scale: range of the factor, or None.
+        hsv: largest shifts.
 
     Example:
         >>> rng = torch.Generator().manual_seed(1)
@@ -166,7 +181,10 @@ def draw(
         >>> drawn.valid_box[2:]
         (0, 64)
     """
-    scale = _randint(rng, *resize_long) / max(size)
+    if resize_scale is None:
+        scale = _randint(rng, *resize_long) / max(size)
+    else:
+        scale = _uniform(rng, *resize_scale)
     size = (max(size), max(size)) if square else size
     height, width = (max(1, round(side * scale)) for side in size)
     mirrored = _uniform(rng, 0, 1) < flip
@@ -180,6 +198,7 @@ def draw(
         factors=(brightness, contrast, saturation, _uniform(rng, -hue, hue)),
         order=tuple(k for k in torch.randperm(4, generator=rng).tolist() if jitter[k] > 0),
         place=(_place(rng, height, crop), _place(rng, width, crop)),
+        hsv=_shifts(rng, hsv),
     )
 
 
@@ -194,6 +213,8 @@ def write_crop(image: Image, drawn: Draw, out: Tensor, mean: Triple, std: Triple
         std: of the image in [0, 1], per channel.
     """
     window = jitter_window(_resize(image, drawn), drawn)
+    if any(drawn.hsv):
+        window = shift_hsv(window, *drawn.hsv)
     rows, columns = drawn.inside
     for c, table in enumerate(_normalized(tuple(mean), tuple(std))):
         out[c, rows, columns] = torch.from_numpy(table.take(window[..., c]))
@@ -260,6 +281,14 @@ def _randint(rng: torch.Generator, low: int, high: int) -> int:
 
 def _uniform(rng: torch.Generator, low: float, high: float) -> float:
     return low + (high - low) * float(torch.rand((), generator=rng, dtype=torch.float64))
+
+
+def _shifts(rng: torch.Generator, largest: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Integers in [-largest, largest]; nothing is drawn where nothing may shift."""
+    if not any(largest):
+        return 0, 0, 0
+    hue, saturation, value = (_randint(rng, -most, most) for most in largest)
+    return hue, saturation, value
 
 
 def _place(rng: torch.Generator, side: int, crop: int) -> tuple[int, int, int]:

@@ -68,7 +68,7 @@ def adjust(pixels: np.ndarray | Picture, k: int, factor: float) -> np.ndarray | 
         [[[150, 150, 150]]]
     """
     if k == HUE:
-        return _shift_hue(np.asarray(pixels), hue_steps(factor))
+        return _shift(np.asarray(pixels), hue_steps(factor))
     picture = _picture(pixels)
     if k == SATURATION:
         return Image.blend(picture.convert("L").convert("RGB"), picture, factor)
@@ -96,8 +96,29 @@ def hue_steps(turns: float) -> int:
     return int(np.int32(turns * 255).astype(np.uint8))
 
 
-def _shift_hue(image: np.ndarray, steps: int) -> np.ndarray:
-    """Pillow's way over HSV with `steps` added to the hue modulo 256."""
+def shift_hsv(image: np.ndarray, hue: int, saturation: int, value: int) -> np.ndarray:
+    """Shift an image in HSV; saturation and value stay within 0..255.
+
+    Args:
+        image: `[h, w, 3] uint8`.
+        hue: in steps of 1/180 turn (OpenCV's 8-bit HSV), -180 to 180.
+        saturation: in steps of 1/255.
+        value: in steps of 1/255.
+
+    Returns:
+        `[h, w, 3] uint8`.
+
+    Example:
+        >>> shift_hsv(np.full((1, 1, 3), 100, np.uint8), 10, 0, 5).tolist()
+        [[[105, 105, 105]]]
+    """
+    return _shift(image, round(hue * 256 / 180) % 256, saturation, value)
+
+
+def _shift(
+    image: np.ndarray, hue_shift: int, saturation_shift: int = 0, value_shift: int = 0
+) -> np.ndarray:
+    """Pillow's way over HSV with `hue_shift` added to the hue modulo 256, the others clipped."""
     tables = _tables()
     red, green, blue = (np.ascontiguousarray(image[..., c]) for c in range(3))
     largest = np.maximum(np.maximum(red, green), blue)
@@ -106,8 +127,10 @@ def _shift_hue(image: np.ndarray, steps: int) -> np.ndarray:
     fall = largest + largest - chroma + largest - red - green - blue
     order = (red >= green).view(np.uint8) * 4 + (green >= blue).view(np.uint8) * 2
     order += (blue >= red).view(np.uint8)
-    hue = tables.hue.take(_join(order, chroma, fall)) + np.uint8(steps)
-    key = _join(tables.saturation.take(_join(largest, chroma)), hue)
+    hue = tables.hue.take(_join(order, chroma, fall)) + np.uint8(hue_shift)
+    saturation = _add(tables.saturation.take(_join(largest, chroma)), saturation_shift)
+    largest = _add(largest, value_shift)
+    key = _join(saturation, hue)
     whole = largest.astype(np.float32)
     shifted = np.empty_like(image)
     for c, ratio in enumerate(tables.ratios):
@@ -116,6 +139,13 @@ def _shift_hue(image: np.ndarray, steps: int) -> np.ndarray:
         level += np.float32(0.5)
         shifted[..., c] = level.astype(np.uint8)
     return shifted
+
+
+def _add(channel: np.ndarray, shift: int) -> np.ndarray:
+    """`uint8` plus a shift, kept within 0..255."""
+    if shift == 0:
+        return channel
+    return (channel.astype(np.int16) + shift).clip(0, 255).astype(np.uint8)
 
 
 def _join(*parts: np.ndarray) -> np.ndarray:

@@ -22,7 +22,8 @@ from wsis.errors import InputError, MissingExtraError
 from wsis.types import Batch
 
 LOADERS = ("auto", "torch", "dali")
-DRAWN_FROM = ("crop", "resize_long", "square", "flip", "jitter")  # what `draw` wants to know
+# what `draw` wants to know
+DRAWN_FROM = ("crop", "resize_long", "resize_scale", "square", "flip", "jitter", "hsv")
 
 
 class TrainLoader:
@@ -35,6 +36,8 @@ class TrainLoader:
         resize_long: range of the longer side before cropping.
         flip: probability of mirroring.
         jitter: brightness, contrast, saturation, hue.
+        resize_scale: range of the factor of both sides, instead of the longer side's.
+        hsv: largest shifts of hue, saturation and value.
         mean: of images in [0, 1], the backbone's.
         std: of images in [0, 1], the backbone's.
         seed: not negative.
@@ -79,6 +82,8 @@ class TrainLoader:
         square: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        resize_scale: tuple[float, float] | None = None,
+        hsv: tuple[int, int, int] = (0, 0, 0),
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise InputError(
@@ -94,6 +99,8 @@ class TrainLoader:
             raise InputError(f"seed must be in [0, 2^64), got {seed}")
         if not 1 <= resize_long[0] <= resize_long[1]:
             raise InputError(f"expected resize_long 1 <= low <= high, got {resize_long}")
+        if resize_scale is not None and not 0 < resize_scale[0] <= resize_scale[1]:
+            raise InputError(f"expected resize_scale 0 < low <= high, got {resize_scale}")
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
@@ -108,6 +115,8 @@ class TrainLoader:
             "square": square,
             "flip": flip,
             "jitter": tuple(jitter),
+            "resize_scale": None if resize_scale is None else tuple(resize_scale),
+            "hsv": tuple(hsv),
             "mean": tuple(mean),
             "std": tuple(std),
         }
@@ -152,7 +161,7 @@ def make_loader(
 
     Args:
         kind: `torch`, `dali`, or `auto`: DALI where it is installed, a GPU trains and the images
-            are files; else torch.
+            are files and `hsv` shifts nothing, which DALI cannot; else torch.
         dataset: images and labels.
         device: where the batches are used; DALI prepares them there.
         options: of `TrainLoader`.
@@ -173,8 +182,14 @@ def make_loader(
         raise InputError(f"unknown loader '{kind}', expected one of {', '.join(LOADERS)}")
     device = torch.device(device)
     files = dataset.image_path(0) is not None
-    if kind == "torch" or (kind == "auto" and not (files and device.type == "cuda")):
+    shifted = any(options.get("hsv", ()))
+    if kind == "torch" or (kind == "auto" and (shifted or not (files and device.type == "cuda"))):
         return TrainLoader(dataset, **options)
+    if shifted:
+        raise InputError(
+            f"the loader 'dali' has no shifts in HSV, got hsv {tuple(options['hsv'])}; use "
+            "--data.loader torch, or --data.hsv '[0,0,0]'"
+        )
     try:
         from wsis.data.dali import DaliLoader
     except ImportError as error:

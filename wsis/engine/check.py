@@ -31,6 +31,7 @@ def check(config: TrainConfig, processes: int) -> None:
     optim, data = config.optim, config.data
     least = {
         "optim.epochs": (optim.epochs, 1),
+        "optim.steps": (optim.steps, 0),
         "optim.batch_size": (optim.batch_size, 1),
         "optim.accumulate": (optim.accumulate, 1),
         "data.crop": (data.crop, 8),
@@ -53,6 +54,11 @@ def check(config: TrainConfig, processes: int) -> None:
             f"data.jitter must be three ratios >= 0 and a hue shift in [0, 0.5], "
             f"got {tuple(data.jitter)}"
         )
+    if any(not 0 <= shift <= most for shift, most in zip(data.hsv, (90, 255, 255), strict=True)):
+        raise InputError(
+            f"data.hsv must be shifts of hue in [0, 90], saturation and value in [0, 255], "
+            f"got {tuple(data.hsv)}"
+        )
     if optim.batch_size % (optim.accumulate * processes):
         raise InputError(
             f"optim.batch_size ({optim.batch_size}) must be a multiple of optim.accumulate "
@@ -72,4 +78,44 @@ def check(config: TrainConfig, processes: int) -> None:
         raise InputError(
             "model.weights is 'none', but model.freeze_bn or model.freeze_stem would keep random "
             "layers as they are; give --model.weights pretrained (or a file), or set both to false"
+        )
+    _check_supervision(config, processes)
+
+
+def _check_supervision(config: TrainConfig, processes: int) -> None:
+    """Whether network, masks and inference fit what supervises."""
+    head, optim, predict = config.model.head, config.optim, config.predict
+    if config.supervision == "pseudo" and config.data.masks is None:
+        raise InputError(
+            "supervision pseudo needs the masks of a first stage: --masks FOLDER (wsis predict RUN "
+            "--pseudo --out FOLDER makes them)"
+        )
+    if config.supervision != "pseudo" and config.data.masks is not None:
+        raise InputError(
+            f"data.masks goes with supervision pseudo only, got {config.supervision}; add "
+            "--supervision pseudo"
+        )
+    if config.supervision == "pseudo" and head == "rtc":
+        raise InputError(
+            "supervision pseudo trains a segmentation network: start from a recipe such as "
+            "deeplab_lite0, or give --model.head deeplabv1, deeplabv2 or deeplabv3"
+        )
+    if head == "rtc":
+        return
+    if config.supervision == "labels":
+        raise InputError(
+            f"model.head {head} learns from masks: --supervision pseudo --masks FOLDER, or "
+            "--supervision masks"
+        )
+    if predict.gate:
+        raise InputError(
+            f"predict.gate is on, but model.head {head} has no image-level classifier; give "
+            "--predict.gate false --predict.fuse logits --predict.background_power 1 (the "
+            "background's own channel instead of a constant)"
+        )
+    if head != "deeplabv1" and optim.batch_size == optim.accumulate * processes:
+        raise InputError(
+            f"model.head {head} has a BatchNorm over one value per image: it needs two images or "
+            f"more per process and part, got optim.batch_size {optim.batch_size} with "
+            f"optim.accumulate {optim.accumulate} and {processes} processes"
         )

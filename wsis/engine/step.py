@@ -13,8 +13,8 @@ from wsis.data.views import second_view
 from wsis.global_batch import gather, place
 from wsis.losses.equivariance import ClassCounts, classes_of_batch, take_channels
 from wsis.losses.rtc import RtcWeights, rtc_losses
-from wsis.losses.supervised import supervised_losses
-from wsis.models.rtc import RTC
+from wsis.losses.supervised import pixel_losses, supervised_losses
+from wsis.models.network import Network
 from wsis.pseudo.masks import make_pseudo_masks, refined_or_cam_scores
 from wsis.types import Batch, Maps
 
@@ -22,7 +22,7 @@ from wsis.types import Batch, Maps
 class Siamese(nn.Module):
     """Both views through shared weights, in one forward, as data-parallel wrappers need it."""
 
-    def __init__(self, model: RTC) -> None:
+    def __init__(self, model: Network) -> None:
         super().__init__()
         self.model = model
 
@@ -38,9 +38,9 @@ class Siamese(nn.Module):
 
 
 class Supervised(nn.Module):
-    """One view, for the fully supervised twin."""
+    """One view, for networks that learn from masks."""
 
-    def __init__(self, model: RTC) -> None:
+    def __init__(self, model: Network) -> None:
         super().__init__()
         self.model = model
 
@@ -51,7 +51,7 @@ class Supervised(nn.Module):
 
 def weak_losses(
     siamese: nn.Module,
-    model: RTC,
+    model: Network,
     batch: Batch,
     *,
     view2_size: int,
@@ -112,7 +112,7 @@ def mirrored(maps: Maps) -> Maps:
 
 
 @torch.no_grad()
-def pseudo_masks(model: RTC, batch: Batch, maps: Maps, pseudo: PseudoConfig) -> Tensor:
+def pseudo_masks(model: Network, batch: Batch, maps: Maps, pseudo: PseudoConfig) -> Tensor:
     """Online pseudo masks `[B, H, W] int64` (0..K, 255) of view 1."""
     like = (batch.image.dtype, batch.image.device)
     mean = _per_channel(tuple(model.backbone.mean), *like)
@@ -134,7 +134,7 @@ def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.de
 
 
 def object_masks(
-    model: RTC, batch: Batch, maps: Maps, classes: Tensor, pseudo: PseudoConfig
+    model: Network, batch: Batch, maps: Maps, classes: Tensor, pseudo: PseudoConfig
 ) -> Tensor:
     """Online pseudo masks `[B, H, W] int64` of the labelled class: 0, 1, or 255.
 
@@ -156,6 +156,19 @@ def object_masks(
     )
 
 
-def mask_losses(supervised: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Losses of the fully supervised twin: classification and cross-entropy on true masks."""
-    return supervised_losses(supervised(batch.image), batch.label, batch.mask)
+def mask_losses(supervised: nn.Module, batch: Batch, *, classify: bool) -> dict[str, Tensor]:
+    """Losses of a network that learns from masks.
+
+    Args:
+        supervised: `Supervised(model)`, possibly wrapped for data-parallel training.
+        batch: images and masks; labels are read with `classify` only.
+        classify: with the image-level loss, for the fully supervised twin.
+
+    Returns:
+        Named scalars with `total`.
+    """
+    assert batch.mask is not None
+    maps = supervised(batch.image)
+    if not classify:
+        return pixel_losses(maps, batch.mask)
+    return supervised_losses(maps, batch.label, batch.mask)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from wsis.config import TrainConfig
 from wsis.data.dataset import Dataset
 from wsis.data.loader import make_loader
+from wsis.data.pseudo_masks import PseudoMasked
 from wsis.engine import distributed
 from wsis.engine.build import build_model, open_split
 from wsis.engine.check import batch_rule, check
@@ -45,7 +46,7 @@ from wsis.engine.step import Siamese, Supervised, mask_losses, weak_losses
 from wsis.engine.validate import classification_scores
 from wsis.errors import InputError
 from wsis.losses.equivariance import ClassCounts, count_classes
-from wsis.models.rtc import RTC
+from wsis.models.network import Network
 from wsis.types import Batch
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,12 +75,12 @@ def identity(config: TrainConfig, dataset: Dataset) -> str:
     """Hash of everything that a checkpoint depends on; a resumed run must have the same.
 
     Neither the device nor the loader is in it: they change no more than rounding. Images that
-    were left out change the fingerprint.
+    were left out change the fingerprint, and so do the values of pseudo masks.
     """
     relevant = config.as_dict()
     for free in ("threads", "device", "report_images", "quality_images", "predict", "save_every"):
         relevant.pop(free)
-    for free in ("workers", "root", "loader", "on_error"):
+    for free in ("workers", "root", "loader", "on_error", "masks"):
         relevant["data"].pop(free)
     relevant["fingerprint"] = dataset.fingerprint()
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
@@ -126,13 +127,15 @@ class Trainer:
                 threads=config.data.workers,
                 resume=resume,
             )
+        if config.supervision == "pseudo" and config.data.masks is not None:
+            self.train_set = PseudoMasked(self.train_set, config.data.masks)
 
         torch.manual_seed(config.seed)
         self.model = build_model(
             config.model, len(self.train_set.classes), supervision=config.supervision
         )
         self.model.to(self.device, memory_format=torch.channels_last)
-        wrapper = Supervised if config.supervision == "masks" else Siamese
+        wrapper = Siamese if config.supervision == "labels" else Supervised
         # Before its epoch the decoder gets no gradient, which DDP must be told to expect.
         self.network = distributed.wrap_ddp(wrapper(self.model), find_unused=True)
         self.optimizer = make_optimizer(
@@ -159,18 +162,21 @@ class Trainer:
             resize_long=tuple(config.data.resize_long),
             flip=config.data.flip,
             jitter=tuple(config.data.jitter),
+            resize_scale=config.data.resize_scale,
+            hsv=tuple(config.data.hsv),
             mean=self.model.backbone.mean,
             std=self.model.backbone.std,
             square=config.data.square,
             seed=config.seed,
             workers=config.data.workers,
-            masks=config.supervision == "masks",
+            masks=config.supervision != "labels",
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
-        self.total_steps = config.optim.epochs * self.loader.steps_per_epoch
-        self.segment_from = round(config.pseudo.start * config.optim.epochs)
-        self.contrast_from = round(config.loss.contrast_start * config.optim.epochs)
+        self.total_steps = config.optim.steps or config.optim.epochs * self.loader.steps_per_epoch
+        self.epochs = -(-self.total_steps // self.loader.steps_per_epoch)  # the last may be a part
+        self.segment_from = round(config.pseudo.start * self.epochs)
+        self.contrast_from = round(config.loss.contrast_start * self.epochs)
 
         self.step = 0
         self.seconds = 0.0
@@ -250,8 +256,8 @@ class Trainer:
         groups, state = self.store.load(path)
         if state["identity"] != self.identity:
             raise InputError(
-                f"{path} belongs to a run with another configuration or data set; resume with the "
-                f"configuration in {self.folder / 'config.yaml'}, or choose another --out"
+                f"{path} belongs to a run with another configuration, data set or masks; resume "
+                f"with the configuration in {self.folder / 'config.yaml'}, or choose another --out"
             )
         self.model.load_state_dict(groups["model"])
         restore_optimizer(self.optimizer, self.model, groups["optimizer"], state["optimizer"])
@@ -288,8 +294,8 @@ class Trainer:
             )
 
     def _losses(self, batch: Batch, epoch: int, counts: ClassCounts) -> dict[str, Tensor]:
-        if self.config.supervision == "masks":
-            return mask_losses(self.network, batch)
+        if self.config.supervision != "labels":
+            return mask_losses(self.network, batch, classify=self.config.model.head == "rtc")
         weights = self.config.loss
         if epoch < self.contrast_from:
             weights = replace(weights, ctr=0.0, com=0.0)
@@ -364,7 +370,7 @@ class Trainer:
         self.model.train()
         return values
 
-    def evaluated_model(self) -> RTC:
+    def evaluated_model(self) -> Network:
         """The network whose weights are the result: the moving average where there is one."""
         return self.model if self.ema is None else self.ema.module
 
@@ -383,7 +389,7 @@ class Trainer:
         with StopRequest() as stop, bar:
             while self.step < self.total_steps:
                 epoch, start = divmod(self.step, steps)
-                bar.set_description(f"epoch {epoch + 1}/{self.config.optim.epochs}")
+                bar.set_description(f"epoch {epoch + 1}/{self.epochs}")
                 if not self._epoch(epoch, start, stop, bar):
                     self._save()
                     return TrainResult(False, self.step // steps, self.seconds)
@@ -394,7 +400,7 @@ class Trainer:
             save_weights(
                 self.folder / "weights.safetensors", self.evaluated_model().state_dict(), metadata
             )
-        return TrainResult(True, self.config.optim.epochs, self.seconds)
+        return TrainResult(True, self.epochs, self.seconds)
 
     def _epoch(self, epoch: int, start: int, stop: StopRequest, bar: tqdm) -> bool:
         """Train from batch `start` to the end of the epoch; False when asked to stop before."""
@@ -409,7 +415,7 @@ class Trainer:
             if self.log is not None:
                 self.log.record(self.step, epoch=epoch + 1, **values)
             self._show(bar)
-            if self.step % self.loader.steps_per_epoch == 0:
+            if self.step % self.loader.steps_per_epoch == 0 or self.step >= self.total_steps:
                 break
             if distributed.any_rank(stop.requested):
                 return False
@@ -436,7 +442,7 @@ class Trainer:
     def _end_epoch(self, epoch: int) -> None:
         row = {"lr": self.optimizer.param_groups[0]["lr"], **self.means.mean()}
         pin = None
-        last = epoch + 1 == self.config.optim.epochs
+        last = self.step >= self.total_steps
         if last or (epoch + 1) % self.config.validate_every == 0:
             row |= self._validate()
             value = row["val_top1" if self.one_label else "val_map"]

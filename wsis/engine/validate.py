@@ -9,12 +9,12 @@ from wsis.data.augment import normalize
 from wsis.data.dataset import Dataset
 from wsis.engine import distributed
 from wsis.engine.meters import accuracy, average_precision, mean_average_precision
-from wsis.models.rtc import RTC
+from wsis.models.network import Network
 
 
 @torch.inference_mode()
 def classification_scores(
-    model: RTC, dataset: Dataset, *, side: int, square: bool, device: torch.device
+    model: Network, dataset: Dataset, *, side: int, square: bool, device: torch.device
 ) -> dict[str, float]:
     """Quality of the image-level logits in percent, one pass per image.
 

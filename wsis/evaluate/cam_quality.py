@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from wsis.data.dataset import Dataset
-    from wsis.models.rtc import RTC
+    from wsis.models.network import Network
 
 FIXED = (0.17, 0.2)
 """Background scores at which seeds are also scored: RTC's at test time, and its training's."""
 
 
 def evaluate_cams(
-    model: RTC,
+    model: Network,
     dataset: Dataset,
     *,
     protocol: Protocol = DEFAULT,

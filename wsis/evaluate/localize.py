@@ -29,7 +29,7 @@ from wsis.ops.score_boxes import score_boxes
 
 if TYPE_CHECKING:
     from wsis.data.dataset import Dataset
-    from wsis.models.rtc import RTC
+    from wsis.models.network import Network
 
 _PICTURES = 6
 
@@ -64,7 +64,7 @@ def evaluate_scoremaps(
 
 
 def evaluate_run_localization(
-    model: RTC,
+    model: Network,
     dataset: Dataset,
     *,
     protocol: Protocol,
@@ -173,7 +173,7 @@ def format_localization(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _see(
-    model: RTC,
+    model: Network,
     dataset: Dataset,
     rows: list[int],
     classes: list[int],
@@ -186,7 +186,7 @@ def _see(
 
 
 def _choose_thresholds(
-    model: RTC,
+    model: Network,
     dataset: Dataset,
     tuning: Dataset,
     protocol: Protocol,

@@ -32,10 +32,12 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from wsis.data.dataset import Dataset
-    from wsis.models.rtc import RTC
+    from wsis.models.network import Network
     from wsis.pseudo import PseudoRule
 
 LABEL_HINT = "CAMs and pseudo masks are made with the image's label given, predictions without it."
+
+MASK_HINT = "The network learnt from masks; predictions are made without the image's label."
 
 SIDE = 320
 """Long side of a picture in the report, pixels."""
@@ -68,12 +70,13 @@ def sample_indices(total: int, count: int) -> list[int]:
 
 
 def make_panels(
-    model: RTC,
+    model: Network,
     dataset: Dataset,
     indices: Sequence[int],
     *,
     protocol: Protocol = DEFAULT,
     rule: PseudoRule | None = None,
+    cams: bool = True,
     device: torch.device | str | None = None,
 ) -> list[Panel]:
     """Image, CAM, refined CAM, pseudo mask, prediction and ground truth of some images.
@@ -86,6 +89,7 @@ def make_panels(
         indices: which of them.
         protocol: its scales, flip, base_long, background and gate are used.
         rule: thresholds and refinement of the pseudo masks; RTC's by default.
+        cams: False for a segmentation network, which has no CAMs to show.
         device: where the passes run; by default where the network's parameters lie.
 
     Returns:
@@ -95,14 +99,16 @@ def make_panels(
     panels = []
     for index in tqdm(indices, desc="pictures", unit="image", disable=not indices):
         image, label = dataset.image(index), dataset.labels[index]
-        seeds = make_seeds(model, image, label, **protocol.passes(), device=device)
-        pseudo = pseudo_mask(seeds.best, image, label, rule)
         mask = predict(model, image, **protocol.prediction(), device=device).mask.numpy()
         note = ", ".join(np.array(dataset.classes)[label > 0]) or "no class"
-        pictures = [("image", np.array(image)), ("CAM", overlay_heat(image, seeds.cam.numpy()))]
-        if seeds.refined is not None:
-            pictures.append(("refined CAM", overlay_heat(image, seeds.refined.numpy())))
-        pictures.append(("pseudo mask", overlay_mask(image, pseudo, colours)))
+        pictures = [("image", np.array(image))]
+        if cams:
+            seeds = make_seeds(model, image, label, **protocol.passes(), device=device)
+            pictures.append(("CAM", overlay_heat(image, seeds.cam.numpy())))
+            if seeds.refined is not None:
+                pictures.append(("refined CAM", overlay_heat(image, seeds.refined.numpy())))
+            pseudo = pseudo_mask(seeds.best, image, label, rule)
+            pictures.append(("pseudo mask", overlay_mask(image, pseudo, colours)))
         pictures.append(("prediction", overlay_mask(image, mask, colours)))
         if dataset.has_mask(index):
             truth = dataset.mask(index)

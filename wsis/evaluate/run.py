@@ -28,6 +28,8 @@ from wsis.evaluate.cam_quality import evaluate_cams
 from wsis.evaluate.localize import describe_localization, evaluate_run_localization
 from wsis.evaluate.protocols import Protocol
 from wsis.evaluate.report import (
+    LABEL_HINT,
+    MASK_HINT,
     class_colours,
     make_panels,
     overlay_mask,
@@ -40,8 +42,9 @@ from wsis.evaluate.segmentation import (
     evaluate_segmentation,
     format_table,
 )
-from wsis.models.rtc import RTC
+from wsis.models.network import Network
 from wsis.models.weights import load_state, read_state
+from wsis.offline.export import Source, export_pseudo_masks
 from wsis.offline.masks import write_mask, write_picture
 from wsis.offline.predict import Pass, conclude
 from wsis.offline.stream import stream_passes
@@ -49,7 +52,7 @@ from wsis.offline.stream import stream_passes
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
-def load_model(config: TrainConfig, folder: Path, classes: int, weights: str = "last") -> RTC:
+def load_model(config: TrainConfig, folder: Path, classes: int, weights: str = "last") -> Network:
     """The trained network of a run, in evaluation mode on the run's device.
 
     Args:
@@ -234,6 +237,39 @@ class _Files:
         self.image_path, self.image = files.__getitem__, lambda i: read_image(files[i])
 
 
+def make_pseudo_masks(
+    config: TrainConfig, folder: Path, out: Path, *, source: Source, crf: str, weights: str
+) -> tuple[int, int]:
+    """Pseudo masks of a run's training split, its image-level labels given.
+
+    Returns:
+        How many were written, and how many were there; see `export_pseudo_masks`.
+
+    Raises:
+        InputError: CAMs of a network that has none, or as `export_pseudo_masks`.
+    """
+    if source == "cam" and config.model.head != "rtc":
+        raise InputError(
+            f"{folder} is a segmentation network ({config.model.head}) without CAMs; give "
+            "--pseudo decoder"
+        )
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    dataset = open_split(config.data, config.data.train_split)
+    return export_pseudo_masks(
+        load_model(config, folder, len(dataset.classes), weights),
+        dataset,
+        out,
+        source=source,
+        rule=config.pseudo,
+        prediction=Protocol(**asdict(config.predict)).prediction(),
+        crf=crf,
+        about={"run": folder.name, "checkpoint": weights},
+        loader=config.data.loader,
+        workers=config.data.workers,
+    )
+
+
 def _targets(files: list[Path], out: Path) -> list[Path]:
     """Where the masks go; InputError where one would overwrite a photograph or another mask."""
     targets: dict[Path, Path] = {}
@@ -313,14 +349,18 @@ def _report(
     config: TrainConfig,
     folder: Path,
     out: Path,
-    model: RTC,
+    model: Network,
     dataset: Dataset,
     protocol: Protocol,
     result: dict[str, Any],
     quality: dict[str, Any] | None,
 ) -> None:
+    cams = config.model.head == "rtc"
+
     def panels(indices: list[int]) -> list:
-        return make_panels(model, dataset, indices, protocol=protocol, rule=config.pseudo)
+        return make_panels(
+            model, dataset, indices, protocol=protocol, rule=config.pseudo, cams=cams
+        )
 
     count = config.report_images
     best, worst = best_and_worst(result["images"], max(1, count // 2) if count else 0)
@@ -346,6 +386,7 @@ def _report(
         mask_ids=dataset.mask_ids,
         curve=result["curve"],
         quality=quality,
+        hint=LABEL_HINT if cams else MASK_HINT,
     )
 
 

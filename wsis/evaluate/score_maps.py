@@ -19,7 +19,7 @@ from wsis.ops.resize import resize
 
 if TYPE_CHECKING:
     from wsis.data.dataset import Dataset
-    from wsis.models.rtc import RTC
+    from wsis.models.network import Network
 
 _BICUBIC = 3  # Pillow's number
 _BATCH = 16
@@ -37,14 +37,14 @@ class Seen(NamedTuple):
     rank: int | None
 
 
-def kinds_of(model: RTC, *, localizes: bool) -> list[str]:
+def kinds_of(model: Network, *, localizes: bool) -> list[str]:
     """The kinds of maps there will be: ``cam``, ``refined``, ``localization``."""
     kinds = ["cam"] if model.crr is None else ["cam", "refined"]
     return [*kinds, "localization"] if localizes else kinds
 
 
 def seed_maps(
-    model: RTC,
+    model: Network,
     dataset: Dataset,
     rows: Sequence[int],
     classes: Sequence[int],
@@ -69,7 +69,7 @@ def seed_maps(
 
 @torch.inference_mode()
 def square_maps(
-    model: RTC, dataset: Dataset, rows: Sequence[int], classes: Sequence[int], side: int
+    model: Network, dataset: Dataset, rows: Sequence[int], classes: Sequence[int], side: int
 ) -> Iterator[Seen]:
     """Maps of one pass over each whole image, resized to a square, as wsolevaluation's.
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from wsis.data.dataset import Dataset
-    from wsis.models.rtc import RTC
+    from wsis.models.network import Network
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ WITH_TRUTH = "chosen with ground truth: not a result"
 
 
 def evaluate_segmentation(
-    model: RTC,
+    model: Network,
     dataset: Dataset,
     *,
     protocol: Protocol = DEFAULT,
@@ -72,7 +72,8 @@ def evaluate_segmentation(
 
     Returns:
         JSON-ready: ``protocol``; ``scores`` (`SegmentationScores.as_dict`); ``confusion``
-        ``[C][C]``; ``curve``: mean IoU over background scores, marked as chosen with ground truth;
+        ``[C][C]``; ``curve``: mean IoU over background scores, marked as chosen with ground truth
+        (None where the background has no constant score);
         ``classification``: mAP of the image-level probabilities; ``images``: mean IoU of each.
 
     Raises:
@@ -83,6 +84,7 @@ def evaluate_segmentation(
     size = len(dataset.classes) + 1
     protocol = protocol.on(dataset, indices)
     settings = protocol.conclusion()
+    swept = scored and protocol.background_power is None
     tally = Tally(size, protocol.convention)
     curve = Curve(size)
 
@@ -93,7 +95,8 @@ def evaluate_segmentation(
         mask, counts, name = prediction.mask.numpy(), None, dataset.ids[index]
         if truth is not None:
             counts = tally.count(mask, truth, name)
-            curve.add(prediction.scores.numpy(), truth)
+            if swept:
+                curve.add(prediction.scores.numpy(), truth)
         if out is not None:
             write_mask(Path(out) / f"{name}.png", mask, dataset.mask_ids)
         return index, counts, prediction.class_probs.numpy()
@@ -121,7 +124,7 @@ def evaluate_segmentation(
     curve.merge()
     return {
         **_result(protocol, tally, images),
-        "curve": _marked(curve.as_dict(protocol.convention), protocol) if scored else None,
+        "curve": _marked(curve.as_dict(protocol.convention), protocol) if swept else None,
         "classification": classification.scores(),
     }
 

@@ -1,4 +1,4 @@
-"""Losses of the fully supervised path: true masks instead of pseudo masks."""
+"""Losses of networks that learn from masks: true ones, or those of a first stage."""
 
 from __future__ import annotations
 
@@ -30,10 +30,30 @@ def supervised_losses(maps: Maps, label: Tensor, masks: Tensor) -> dict[str, Ten
         Scalars ``cls``, ``seg`` and their sum ``total``.
     """
     with torch.autocast(label.device.type, enabled=False):
-        logits = resize(as_float(maps.logits), masks.shape[-2:])
-        pixels = F.cross_entropy(logits, masks, ignore_index=IGNORE, reduction="sum")
         terms = {
             "cls": multilabel_soft_margin(as_float(maps.class_logits), label),
-            "seg": pixels / (masks != IGNORE).sum().clamp(min=1),
+            "seg": _pixel_loss(maps, masks),
         }
         return terms | {"total": terms["cls"] + terms["seg"]}
+
+
+def pixel_losses(maps: Maps, masks: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy of a segmentation network on masks; image-level labels play no part.
+
+    Args:
+        maps: output of the network.
+        masks: ``[B, H, W] int64``, 0..K and 255; the mean is over the other pixels.
+
+    Returns:
+        Scalars ``seg`` and ``total``, which are the same.
+    """
+    with torch.autocast(masks.device.type, enabled=False):
+        seg = _pixel_loss(maps, masks)
+        return {"seg": seg, "total": seg}
+
+
+def _pixel_loss(maps: Maps, masks: Tensor) -> Tensor:
+    assert maps.logits is not None
+    logits = resize(as_float(maps.logits), masks.shape[-2:])
+    pixels = F.cross_entropy(logits, masks, ignore_index=IGNORE, reduction="sum")
+    return pixels / (masks != IGNORE).sum().clamp(min=1)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
-from wsis.errors import InputError
 from wsis.models.crr import CrossRefinement
 from wsis.models.decoder import Decoder
 from wsis.models.features import Backbone
 from wsis.models.head import CamHead, mean_of_resized
+from wsis.models.network import Network, at_least_float32, check_image
 from wsis.types import Maps
 
 
-class RTC(nn.Module):
+class RTC(Network):
     """One view of an image to its :class:`wsis.types.Maps` (RTC, arXiv 2309.00871).
 
     Example:
@@ -61,25 +58,14 @@ class RTC(nn.Module):
         freeze_stem: bool = True,
         freeze_bn: bool = True,
     ) -> None:
-        super().__init__()
-        if num_classes < 1:
-            raise InputError(f"num_classes: expected 1 foreground class or more, got {num_classes}")
-        self.num_classes = num_classes
-        self.freeze_stem = freeze_stem
-        self.freeze_bn = freeze_bn
-        self.backbone = backbone
+        super().__init__(backbone, num_classes, freeze_stem=freeze_stem, freeze_bn=freeze_bn)
         self.head = CamHead(
             backbone.channels[3], num_classes, feature_dim=feature_dim, dropout=dropout
         )
         self.crr = CrossRefinement(backbone.channels, dims=crr_dims) if crr else None
         decoded = 1 if decoder == "object" else num_classes
         self.decoder = Decoder(backbone.channels, decoded, dims=decoder_dims)
-        if freeze_stem:
-            for module in backbone.frozen_modules():
-                module.requires_grad_(False)
-        for norm in self._frozen_norms():
-            norm.requires_grad_(False)
-        self.train()
+        self._freeze()
 
     def forward(
         self,
@@ -103,19 +89,18 @@ class RTC(nn.Module):
         Raises:
             InputError: the image has another shape.
         """
-        if image.dim() != 4 or image.shape[1] != 3:
-            raise InputError(f"image must be [B, 3, H, W], got {list(image.shape)}")
+        check_image(image)
         features = self.backbone(image)
         crr, refined = self.crr if refine else None, None
         if classes is None:
-            projected, cams = map(_at_least_float32, self.head(features.conv6))
+            projected, cams = map(at_least_float32, self.head(features.conv6))
             class_logits = mean_of_resized(cams, image.shape[-2:])
             if crr is not None:
                 refined = crr(cams, image, features)
         else:
-            projected = _at_least_float32(self.head.project(features.conv6))
-            cams = _at_least_float32(self.head.cams_of(projected, classes))
-            class_logits = _at_least_float32(self.head.logits_of(projected, image.shape[-2:]))
+            projected = at_least_float32(self.head.project(features.conv6))
+            cams = at_least_float32(self.head.cams_of(projected, classes))
+            class_logits = at_least_float32(self.head.logits_of(projected, image.shape[-2:]))
             if crr is not None:
                 refined = crr.refine(self.head.seeds_of(projected, classes), image, features)
         return Maps(
@@ -123,34 +108,5 @@ class RTC(nn.Module):
             class_logits=class_logits,
             features=projected,
             refined=refined,
-            logits=_at_least_float32(self.decoder(features)) if decode else None,
+            logits=at_least_float32(self.decoder(features)) if decode else None,
         )
-
-    def train(self, mode: bool = True) -> RTC:
-        """Training mode for everything that is not frozen."""
-        super().train(mode)
-        for norm in self._frozen_norms():
-            norm.eval()
-        return self
-
-    def pretrained_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Trainable parameters of the backbone, by name."""
-        return [(name, p) for name, p in self._trainable() if name.startswith("backbone.")]
-
-    def new_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Trainable parameters of the heads on top of the backbone, by name."""
-        return [(name, p) for name, p in self._trainable() if not name.startswith("backbone.")]
-
-    def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
-
-    def _frozen_norms(self) -> Iterator[_BatchNorm]:
-        if self.freeze_bn:
-            roots: list[nn.Module] = [self]
-        else:
-            roots = self.backbone.frozen_modules() if self.freeze_stem else []
-        return (m for root in roots for m in root.modules() if isinstance(m, _BatchNorm))
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

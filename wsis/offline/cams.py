@@ -23,7 +23,7 @@ from wsis.pseudo import PseudoRule, make_pseudo_masks
 if TYPE_CHECKING:
     from PIL import Image
 
-    from wsis.models.rtc import RTC
+    from wsis.models.network import Network
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Seeds:
 
 
 def make_seeds(
-    model: RTC,
+    model: Network,
     image: Image.Image,
     label: np.ndarray | Tensor,
     *,

@@ -25,7 +25,7 @@ from wsis.types import Maps, Prediction
 if TYPE_CHECKING:
     from PIL import Image
 
-    from wsis.models.rtc import RTC
+    from wsis.models.network import Network
 
 SCALES = (0.5, 1.0, 1.5, 2.0)
 """Sizes of the passes relative to the image (ChunyanWang1/RTC)."""
@@ -50,7 +50,7 @@ class Pass:
 
 
 def predict(
-    model: RTC,
+    model: Network,
     image: Image.Image,
     *,
     scales: Sequence[float] = SCALES,
@@ -62,12 +62,15 @@ def predict(
     class_cut: float | None = None,
     base_long: int | None = None,
     crf: str = "none",
+    label: np.ndarray | None = None,
     device: torch.device | str | None = None,
 ) -> Prediction:
-    """Segment one image without knowing its label.
+    """Segment one image, without knowing its label unless it is given.
 
     Per pass: softmax over the C decoder channels, times the sigmoid of the image-level logit of
     each class (the gate), foreground channels resized to the image, mirrored back; then the mean.
+    A segmentation network (`wsis.models.deeplab`) takes ``gate=False, fuse="logits",
+    background_power=1``: the argmax over all its channels.
 
     Args:
         model: the network; ``model(x [B,3,h,w]) -> Maps`` with ``model.backbone.mean`` and ``std``.
@@ -87,6 +90,8 @@ def predict(
             at small crops; None keeps its size. The answer lies at the original size either way.
         crf: preset of a dense CRF that makes the mask from the background's and the foreground
             scores (`wsis.offline.crf`), or `none`; the scores stay as they are.
+        label: ``[K]`` multi-hot image-level label, for masks of a training list: the other classes
+            get no score. None is how results are made.
         device: where the passes run; by default where the network's parameters lie.
 
     Returns:
@@ -109,6 +114,7 @@ def predict(
         fuse=fuse,
         class_cut=class_cut,
         crf=crf,
+        label=label,
     )
 
 
@@ -122,6 +128,7 @@ def conclude(
     fuse: str = "mean",
     class_cut: float | None = None,
     crf: str = "none",
+    label: np.ndarray | None = None,
 ) -> Prediction:
     """What follows from the passes of one image; the arguments are those of `predict`.
 
@@ -153,6 +160,8 @@ def conclude(
                 "the network's scores are not finite: expected a trained network, got one whose "
                 "weights or activations overflow; take an earlier checkpoint"
             )
+        if label is not None:
+            scores = scores * torch.tensor(label != 0, device=scores.device)[:, None, None]
         level: float | Tensor = background
         if background_power is not None:
             level = own_background**background_power
@@ -221,7 +230,7 @@ def merge_passes(
 
 
 def run_passes(
-    model: RTC,
+    model: Network,
     image: Image.Image,
     *,
     scales: Sequence[float],
@@ -252,13 +261,13 @@ def run_passes(
     return show(model, shown, flip=flip, device=device, decode=decode)
 
 
-def scaling_of(model: RTC, scales: Sequence[float], base_long: int | None) -> Scaling:
+def scaling_of(model: Network, scales: Sequence[float], base_long: int | None) -> Scaling:
     """How a network's images are made from pixels."""
     return Scaling(tuple(scales), model.backbone.mean, model.backbone.std, base_long)
 
 
 def show(
-    model: RTC,
+    model: Network,
     shown: Shown,
     *,
     flip: bool,
@@ -282,7 +291,7 @@ def show(
     return passes
 
 
-def device_of(model: RTC) -> torch.device:
+def device_of(model: Network) -> torch.device:
     """Where the network's parameters lie."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
@@ -310,7 +319,7 @@ def _one(maps: Maps, index: int) -> Maps:
 
 
 @contextmanager
-def _evaluating(model: RTC) -> Iterator[None]:
+def _evaluating(model: Network) -> Iterator[None]:
     """Inference mode of every layer inside the block; afterwards the mode it was in."""
     training = model.training
     model.eval()

@@ -22,13 +22,13 @@ from wsis.offline.predict import Pass, device_of, scaling_of, show
 if TYPE_CHECKING:
     from PIL import Image
 
-    from wsis.models.rtc import RTC
+    from wsis.models.network import Network
 
 R = TypeVar("R")
 
 
 def stream_passes(
-    model: RTC,
+    model: Network,
     images: Images,
     indices: Sequence[int],
     conclude: Callable[[int, Image.Image, list[Pass], Any], R],

@@ -26,7 +26,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         (["train", "--optm.lr", "1"], "did you mean 'optim.lr'"),
         (["train", "--data.crpo", "64"], "did you mean 'data.crop'"),
         (["train", "--data.crop", "many"], "data.crop"),
-        (["train", "--recipe", "nope"], "known recipes: demo"),
+        (["train", "--recipe", "nope"], "known recipes: deeplab"),
         (["train", "--config", "absent.yaml"], "absent.yaml"),
         (["train", "--resume", "maybe"], "--resume must be"),
         (["train", "--data.dataset", "voc", "--data.root", "absent"], "absent"),

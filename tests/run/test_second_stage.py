@@ -122,6 +122,8 @@ def test_evaluate_predict_and_submit_a_second_stage(second, tree, tmp_path, caps
     flags = ["--split", "val", "--out", str(tmp_path / "s")]
     assert main(["submit", str(second), *flags]) == 0
     assert (tmp_path / "s" / "results.tgz").exists()
+    assert main(["evaluate", str(second), "--protocol", "voc-rtc"]) == 2
+    assert "a class gate does not go with it" in capsys.readouterr().err
     assert main(["evaluate", "wsol", str(second)]) == 2
     assert "without CAMs" in capsys.readouterr().err
     assert main(["predict", str(second), "--pseudo", "--out", str(tmp_path / "c")]) == 2

@@ -63,8 +63,14 @@ def load_model(config: TrainConfig, folder: Path, classes: int, weights: str = "
             labels) or a weights file.
 
     Raises:
-        InputError: no such weights, or weights of another architecture.
+        InputError: no such weights, weights of another architecture, or a class gate asked of a
+            network that has no image-level classifier.
     """
+    if config.model.head != "rtc" and config.predict.gate:
+        raise InputError(
+            f"{folder} is a segmentation network ({config.model.head}) without an image-level "
+            "classifier: a protocol with a class gate does not go with it"
+        )
     if weights == "best":
         store = CheckpointStore(folder / "ckpt")
         path = store.pinned("best")

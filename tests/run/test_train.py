@@ -409,6 +409,28 @@ def test_evaluate_and_predict_under_a_named_protocol(trained, tree, tmp_path, ca
         assert "did you mean 'voc-toco'" in capsys.readouterr().err
 
 
+def test_submission_of_a_run(trained, tmp_path, capsys):
+    out = tmp_path / "submission"
+    arguments = ["submit", str(trained), "--split", "val", "--out", str(out)]
+    assert main([*arguments, "--protocol", "voc-rtc"]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["protocol"]["line"].startswith("voc-rtc with 4 images (its list has 1449); ")
+    assert manifest["images"] == 4
+    first = (out / "results.tgz").read_bytes()
+    folder = out / "results/VOC2012/Segmentation/comp6_test_cls"
+    (folder / "val_002.png").unlink()
+    kept = folder / "val_001.png"
+    before = kept.stat().st_mtime_ns
+    capsys.readouterr()
+    assert main([*arguments, "--protocol", "voc-rtc"]) == 0
+    assert "3 masks of the same weights and protocol are there" in capsys.readouterr().out
+    assert (out / "results.tgz").read_bytes() == first
+    assert kept.stat().st_mtime_ns == before
+    assert main(arguments) == 0  # the run's own inference: nothing is kept
+    assert "are there" not in capsys.readouterr().out
+    assert kept.stat().st_mtime_ns != before
+
+
 def test_predict_never_overwrites_a_photograph(trained, tmp_path, capsys):
     photos = tmp_path / "photos"
     photos.mkdir()

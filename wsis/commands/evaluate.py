@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from wsis.commands.options import make_parser, next_free
 from wsis.commands.train import load_config
 from wsis.errors import InputError
+
+if TYPE_CHECKING:
+    from wsis.config import PredictConfig
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -147,6 +150,16 @@ def evaluate(arguments: list[str]) -> int:
         if distributed.is_main():
             print(text)
     return 0
+
+
+def check_predict(predict: PredictConfig) -> None:
+    """What a run says of its inference is known, before it trains for it."""
+    from wsis.evaluate.conventions import get_convention
+    from wsis.offline.fuse import check_fuse
+
+    check_crf(predict.crf)
+    check_fuse(predict.fuse, gate=predict.gate)
+    get_convention(predict.convention)
 
 
 def check_protocol(name: str | None) -> None:

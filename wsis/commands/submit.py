@@ -17,7 +17,8 @@ def submit(arguments: list[str]) -> int:
     parser = make_parser(
         "submit",
         "Masks of PASCAL VOC's test images as its evaluation server wants them: results.tgz, and a "
-        "manifest of hashes. Of a trained run, or of any project's mask PNGs.",
+        "manifest of hashes. Of a trained run, or of any project's mask PNGs. A stopped command "
+        "goes on.",
     )
     parser.add_argument("run", nargs="?", type=str | None, help="folder of a trained run")
     parser.add_argument("--masks", type=str | None, default=None, help="folder of mask PNGs")
@@ -47,7 +48,7 @@ def submit(arguments: list[str]) -> int:
         raise InputError("--protocol makes a run's masks; stored ones are packed as they are")
     check_crf(options.crf)
     check_protocol(options.protocol)
-    from wsis.offline.submission import TEST_IMAGES, write_submission
+    from wsis.offline.submission import TEST_IMAGES, folder_of, remaining, write_submission
 
     about: dict[str, Any]
     if options.masks is not None:
@@ -57,19 +58,32 @@ def submit(arguments: list[str]) -> int:
 
         dataset = open_dataset("voc", options.root, options.split)
         folder = Path(options.masks)
+        if folder.resolve() == (Path(options.out) / folder_of(options.competition)).resolve():
+            raise InputError(f"{folder} is where the masks go; choose another --out")
+        missing = [name for name in dataset.ids if not (folder / f"{name}.png").is_file()]
+        if missing:
+            raise InputError(
+                f"{folder}: {len(missing)} of {len(dataset)} masks are missing, the first is "
+                f"{missing[0]}.png"
+            )
 
         def read(name: str) -> Any:
             return read_mask(folder / f"{name}.png", dataset.mask_ids)
 
-        masks = in_threads(read, dataset.ids, workers=2)
         about = {"masks": str(folder)}
+        # Stored masks are read again each time: nobody knows whether they are still the same.
+        todo = remaining(
+            dataset, options.out, competition=options.competition, about=about, anew=True
+        )
+        masks = in_threads(read, dataset.ids, workers=2)
     else:
         from dataclasses import asdict
 
         from wsis.engine.build import open_split
         from wsis.evaluate.named import configure
         from wsis.evaluate.protocols import Protocol
-        from wsis.evaluate.run import check_segments, load_model
+        from wsis.evaluate.run import check_segments, checkpoint_words, load_model
+        from wsis.models.weights import weights_hash
         from wsis.offline.predict import conclude
         from wsis.offline.stream import stream_passes
 
@@ -83,7 +97,9 @@ def submit(arguments: list[str]) -> int:
         check_segments(config)
         model = load_model(config, Path(options.run), len(dataset.classes), options.weights)
         protocol = Protocol(
-            **asdict(config.predict), checkpoint=options.weights, name=options.protocol or ""
+            **asdict(config.predict),
+            checkpoint=checkpoint_words(options.weights),
+            name=options.protocol or "",
         )
         protocol = protocol.on(dataset, range(len(dataset)))
 
@@ -92,20 +108,27 @@ def submit(arguments: list[str]) -> int:
         def mask_of(_: int, image: Any, passes: Any, __: None) -> Any:
             return conclude(passes, image, **settings).mask.numpy()
 
+        about = {
+            "run": options.run,
+            "weights": weights_hash(model),
+            "protocol": protocol.as_dict(),
+        }
+        todo = remaining(dataset, options.out, competition=options.competition, about=about)
+        if len(todo) < len(dataset):
+            print(f"{len(dataset) - len(todo)} masks of the same weights and protocol are there")
         masks = stream_passes(
             model,
             dataset,
-            range(len(dataset)),
+            todo,
             mask_of,
             **protocol.passes(),
             decode=True,
             loader=config.data.loader,
             workers=config.data.workers,
         )
-        about = {"run": options.run, "protocol": protocol.as_dict()}
     with closing(masks):
         archive = write_submission(
-            dataset, masks, options.out, competition=options.competition, about=about
+            dataset, masks, options.out, todo=todo, competition=options.competition, about=about
         )
     print(f"{len(dataset)} masks in {archive}, hashes in {archive.with_name('manifest.json')}")
     if options.split == "test" and len(dataset) != TEST_IMAGES:

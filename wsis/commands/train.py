@@ -108,11 +108,13 @@ def _recipe(arguments: list[str]) -> str:
 
 def train(arguments: list[str]) -> int:
     """Train, evaluate, report; returns the exit code."""
+    from wsis.commands.evaluate import check_predict
     from wsis.recipes import get_recipe
 
     parser = _train_parser(get_recipe(_recipe(arguments)))
     namespace = parser.parse_args(arguments)
     config = _train_config(namespace, parser)
+    check_predict(config.predict)
     if namespace.resume not in ("auto", "none"):
         raise InputError(f"--resume must be 'auto' or 'none', got '{namespace.resume}'")
     folder = _run_folder(namespace.out, namespace.recipe, resume=namespace.resume == "auto")

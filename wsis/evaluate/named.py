@@ -2,9 +2,8 @@
 
 A protocol fixes the list of images, the ground truth, the passes and how they become one, the CRF,
 the background, whether image labels are given, and the mean IoU convention. What a repository does
-that is not done here is said in `Named.differs`; nothing stands in for it. All of them resize
-images bicubically (PIL) where the repositories named under ToCo and AFA resize the normalised image
-bilinearly, and none gives image labels to a network at test time.
+that is not done here is said in `Named.differs`; nothing stands in for it. None gives image labels
+to a network at test time (1-stage-wseg also reports masks made with them).
 """
 
 from __future__ import annotations
@@ -20,13 +19,11 @@ from wsis.evaluate.protocols import Protocol
 LIST_LENGTHS = {
     ("voc", "train"): 1464,
     ("voc", "val"): 1449,
-    ("voc", "test"): 1456,
     ("coco", "val"): 40137,
     ("coco", "val_part"): 5000,
 }
 """Images of the lists that everybody uses; of COCO those that have a label. ToCo's `val_part.txt`,
 the first 5,000 of val by id, has 4,999 line ends: its last line has none."""
-
 
 SWEPT = "0 to 0.59 in steps of 0.01"
 """The background scores of `wsis.evaluate.segmentation.THRESHOLDS`, in words."""
@@ -89,7 +86,7 @@ _SECOND_STAGE: dict[str, Any] = {
     **_LOGITS,
     "convention": "rtc",
 }
-_SIZES = "logits of an image are resized from the network's own grid, which differs from theirs"
+_BILINEAR = "images are resized bilinearly there, bicubically here"
 _COCO_MASKS = (
     "masks are painted from the annotations, crowds 255; theirs are coco2voc's, crowds as classes"
 )
@@ -122,12 +119,15 @@ NAMED = _with_crf(
             ),
             "psa",
         ),
-        "voc-toco": (Named(_voc(**_TOCO), "rulixiang/ToCo tools/infer_seg_voc.py", _SIZES), "toco"),
+        "voc-toco": (
+            Named(_voc(**_TOCO), "rulixiang/ToCo tools/infer_seg_voc.py", _BILINEAR),
+            "toco",
+        ),
         "voc-afa": (
             Named(
                 _voc(**_AFA),
                 "rulixiang/afa scripts/test_msc_flip.py",
-                f"cuts the sides' fractions after setting the long side, rounded here; {_SIZES}",
+                f"sides of the resized image are truncated there, rounded here; {_BILINEAR}",
             ),
             "afa",
         ),
@@ -151,7 +151,7 @@ NAMED = _with_crf(
             Named(
                 _coco(**_TOCO_COCO),
                 "rulixiang/ToCo tools/infer_seg_coco_ddp.py",
-                f"one version first resizes to 448 x 448; {_COCO_MASKS}",
+                f"one version first resizes to 448 x 448; {_BILINEAR}; {_COCO_MASKS}",
             ),
             "toco",
         ),
@@ -159,7 +159,7 @@ NAMED = _with_crf(
             Named(
                 _coco("val_part", **_TOCO_COCO),
                 "rulixiang/ToCo tools/infer_seg_coco_ddp.py, the list of its training",
-                f"the script stops after 1000 images of a process; {_COCO_MASKS}",
+                f"the script stops after 1000 images of a process; {_BILINEAR}; {_COCO_MASKS}",
             ),
             "toco",
         ),

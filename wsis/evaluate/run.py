@@ -136,7 +136,7 @@ def evaluate_run(
     how = Protocol(
         **asdict(config.predict),
         background_choice=background_choice or _choice(config),
-        checkpoint={"best": "best on val labels"}.get(weights, weights),
+        checkpoint=checkpoint_words(weights),
         name=protocol,
     )
     inputs: dict[str, Any] = {"loader": config.data.loader, "workers": config.data.workers}
@@ -322,6 +322,11 @@ def read_about(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{folder} is not a run folder: it has no {path.name}")
     return json.loads(path.read_text())
+
+
+def checkpoint_words(weights: str) -> str:
+    """What a protocol says of the weights that `load_model` takes."""
+    return {"best": "best on val labels"}.get(weights, weights)
 
 
 def _choice(config: TrainConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,6 +76,15 @@ def _read_content(path: Path) -> object:
             if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
                 raise ValueError("it is packed, which torch's files are not")
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 (hex) over the names and the bytes of a network's state."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: object) -> None:

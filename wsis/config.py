@@ -88,6 +88,8 @@ class ModelConfig:
         feature_dim: channels of the projected features X.
         dropout: channel dropout before the CAM head; plain dropout before the classifier of
             `deeplabv1` and `deeplabv2`.
+        cam_direct: the CAM classifier reads the backbone's last features, not their projection X,
+            which then serves the prototype contrast alone (COCO).
         crr: with cross-representation refinement; false is the Baseline of the method's ladder.
         crr_dims: channels of cross-representation refinement (shallow, deep 4, deep 5, deep).
         decoder_dims: channels of the decoder (middle, branch, shallow, joint).
@@ -105,6 +107,7 @@ class ModelConfig:
     output_stride: int | None = None
     feature_dim: int = 256
     dropout: float = 0.5
+    cam_direct: bool = False
     crr: bool = True
     crr_dims: tuple[int, int, int, int] = (64, 128, 128, 128)
     decoder_dims: tuple[int, int, int, int] = (512, 256, 48, 256)

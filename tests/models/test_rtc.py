@@ -191,6 +191,38 @@ def test_dropout_only_in_training():
     assert torch.equal(head(conv6)[0], head(conv6)[0])
 
 
+def test_a_direct_classifier_reads_the_features_themselves():
+    model = small_rtc(cam_direct=True)
+    image = torch.randn(2, 3, 48, 48)
+    assert model.head.classifier.weight.shape == (4, model.backbone.channels[3], 1, 1)
+    maps = model.eval()(image)
+    conv6 = model.backbone(image).conv6
+    expected = F.conv2d(conv6, model.head.classifier.weight[1:])
+    torch.testing.assert_close(maps.cams, expected)
+    assert maps.features.shape[1] == SMALL["feature_dim"]
+    some = model(image, classes=torch.tensor([2, 0]))
+    torch.testing.assert_close(some.cams, maps.cams[:, [2, 0]])
+    torch.testing.assert_close(some.class_logits, maps.class_logits, rtol=1e-4, atol=1e-5)
+    model.train()(image).class_logits.sum().backward()
+    reached = {name for name, p in model.head.named_parameters() if p.grad is not None}
+    assert reached == {"classifier.weight"}
+    assert any(p.grad is not None for p in model.backbone.parameters())
+    model.zero_grad()
+    model(image).features.sum().backward()
+    reached = {name for name, p in model.head.named_parameters() if p.grad is not None}
+    assert reached == {"projection.weight"}
+
+
+def test_a_direct_classifier_drops_what_the_projection_drops():
+    torch.manual_seed(0)
+    head = CamHead(32, 2, feature_dim=32, dropout=0.5, direct=True)
+    torch.nn.init.dirac_(head.projection.weight)
+    with torch.no_grad():
+        features, cams = head(torch.rand(1, 32, 3, 3))
+    torch.testing.assert_close(cams, F.conv2d(features, head.classifier.weight[1:]))
+    assert (features.amax((0, 2, 3)) == 0).any()
+
+
 def test_errors():
     with pytest.raises(InputError, match="expected 1 foreground class or more, got 0"):
         RTC(create_backbone("small"), 0)

@@ -197,6 +197,8 @@ def test_coco(tmp_path):
     assert train.classes == ("person", "car", "brush")
     assert open_dataset("coco", out, "val_part").ids == val.ids
     lists = out / "ImageSets" / "Segmentation"
+    assert open_dataset("coco", out, "train_fit").ids == train.ids
+    assert not (lists / "train_tune.txt").exists()  # 4 images: not one of 41
     assert (lists / "train.txt").read_text().split() == list(train.ids)
     for data in (train, val):
         for i, name in enumerate(data.ids):
@@ -254,6 +256,9 @@ def test_coco_painted_by_two_processes(tmp_path, shared_data):
     made = prepare_coco(tmp_path, partial=True, processes=2)
     assert made.counts["COCO train, with labels"] == 81
     assert made.counts["COCO val, with labels"] == 9
+    tune = open_dataset("coco", tmp_path, "train_tune").ids
+    fit = open_dataset("coco", tmp_path, "train_fit").ids
+    assert len(tune) == 1 and len(fit) == 80 and not {*tune} & {*fit}
     data, flat = open_dataset("coco", tmp_path), open_dataset("coco", mini)
     assert data.ids == flat.ids
     for i in range(0, len(data), 10):

@@ -50,6 +50,7 @@ def _build_rtc(config: ModelConfig, backbone: Backbone, num_classes: int, *, crr
         num_classes,
         feature_dim=config.feature_dim,
         dropout=config.dropout,
+        cam_direct=config.cam_direct,
         crr=config.crr and crr,
         crr_dims=tuple(config.crr_dims),
         decoder_dims=tuple(config.decoder_dims),

@@ -16,7 +16,7 @@ _SEED_BLOCK = 1 << 22  # elements of a temporary
 
 
 class CamHead(nn.Module):
-    """``X = relu(P dropout(conv6))``, ``A = W X`` (RTC).
+    """``X = relu(P dropout(conv6))``, ``A = W X`` (RTC), or ``A = W dropout(conv6)``.
 
     Args:
         in_channels: channels of conv6.
@@ -24,44 +24,56 @@ class CamHead(nn.Module):
             so that public checkpoints fit; it is in no output and gets no gradient.
         feature_dim: D channels of the projected features (256 in RTC).
         dropout: probability that a channel of conv6 is dropped in training (0.5 in RTC).
+        direct: the classifier reads conv6 itself, not X, as RTC's parents do on COCO (WS-FCN); X
+            then serves the prototype contrast alone, and only that trains ``P``.
     """
 
     def __init__(
-        self, in_channels: int, num_classes: int, *, feature_dim: int, dropout: float
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        feature_dim: int,
+        dropout: float,
+        direct: bool = False,
     ) -> None:
         super().__init__()
         self.dropout = ChannelDropout(dropout)
         self.projection = nn.Conv2d(in_channels, feature_dim, 1, bias=False)
-        self.classifier = nn.Conv2d(feature_dim, num_classes + 1, 1, bias=False)
+        self.direct = direct
+        read = in_channels if direct else feature_dim
+        self.classifier = nn.Conv2d(read, num_classes + 1, 1, bias=False)
         for layer in (self.projection, self.classifier):
             nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, conv6: Tensor) -> tuple[Tensor, Tensor]:
         """Projected features ``[B, D, h, w]`` >= 0 and CAMs ``[B, K, h, w]`` of conv6."""
-        features = self.project(conv6)
-        return features, F.conv2d(features, self.classifier.weight[1:])
+        features, read = self.project(conv6)
+        return features, F.conv2d(read, self.classifier.weight[1:])
 
-    def project(self, conv6: Tensor) -> Tensor:
-        """Projected features ``[B, D, h, w]`` >= 0."""
-        return F.relu(self.projection(self.dropout(conv6)))
+    def project(self, conv6: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected features ``[B, D, h, w]`` >= 0, and the maps that the classifier reads."""
+        kept = self.dropout(conv6)
+        features = F.relu(self.projection(kept))
+        return features, kept if self.direct else features
 
-    def cams_of(self, features: Tensor, classes: Tensor) -> Tensor:
+    def cams_of(self, read: Tensor, classes: Tensor) -> Tensor:
         """CAMs ``[B, M, h, w]`` of the classes ``[M] int64`` (0..K-1) only."""
-        return F.conv2d(features, self.classifier.weight[1:][classes])
+        return F.conv2d(read, self.classifier.weight[1:][classes])
 
-    def logits_of(self, features: Tensor, size: Sequence[int]) -> Tensor:
+    def logits_of(self, read: Tensor, size: Sequence[int]) -> Tensor:
         """Image-level logits ``[B, K]``: the mean commutes with ``W``, so no CAM is formed."""
-        return F.linear(mean_of_resized(features, size), self.classifier.weight[1:].flatten(1))
+        return F.linear(mean_of_resized(read, size), self.classifier.weight[1:].flatten(1))
 
     @torch.no_grad()
-    def seeds_of(self, features: Tensor, classes: Tensor) -> Tensor:
+    def seeds_of(self, read: Tensor, classes: Tensor) -> Tensor:
         """Seeds of refinement of some classes, out of the contest of all.
 
         A position keeps only its strongest class, so all K CAMs are needed; they exist for a few
         images at a time.
 
         Args:
-            features: ``[B, D, h, w]``, projected.
+            read: ``[B, D, h, w]``, what the classifier reads.
             classes: ``[M] int64``, 0..K-1.
 
         Returns:
@@ -69,11 +81,11 @@ class CamHead(nn.Module):
         """
         kept = torch.cat([classes.new_zeros(1), classes + 1])
         weight = self.classifier.weight[1:]
-        step = max(1, _SEED_BLOCK // (len(weight) * features[0, 0].numel()))
+        step = max(1, _SEED_BLOCK // (len(weight) * read[0, 0].numel()))
         return torch.cat(
             [
                 one_hot_max(seed_scores(as_float(F.conv2d(part, weight))))[:, kept]
-                for part in features.detach().split(step)
+                for part in read.detach().split(step)
             ]
         )
 

@@ -29,6 +29,7 @@ class RTC(Network):
         num_classes: K foreground classes.
         feature_dim: D channels of the projected features.
         dropout: on channels of conv6, before the CAM head, in training.
+        cam_direct: see :class:`wsis.models.head.CamHead`.
         crr: with cross-representation refinement; without it ``Maps.refined`` is None.
         crr_dims: see :class:`wsis.models.crr.CrossRefinement`.
         decoder_dims: see :class:`wsis.models.decoder.Decoder`.
@@ -51,6 +52,7 @@ class RTC(Network):
         *,
         feature_dim: int = 256,
         dropout: float = 0.5,
+        cam_direct: bool = False,
         crr: bool = True,
         crr_dims: tuple[int, int, int, int] = (64, 128, 128, 128),
         decoder_dims: tuple[int, int, int, int] = (512, 256, 48, 256),
@@ -60,7 +62,11 @@ class RTC(Network):
     ) -> None:
         super().__init__(backbone, num_classes, freeze_stem=freeze_stem, freeze_bn=freeze_bn)
         self.head = CamHead(
-            backbone.channels[3], num_classes, feature_dim=feature_dim, dropout=dropout
+            backbone.channels[3],
+            num_classes,
+            feature_dim=feature_dim,
+            dropout=dropout,
+            direct=cam_direct,
         )
         self.crr = CrossRefinement(backbone.channels, dims=crr_dims) if crr else None
         decoded = 1 if decoder == "object" else num_classes
@@ -98,11 +104,11 @@ class RTC(Network):
             if crr is not None:
                 refined = crr(cams, image, features)
         else:
-            projected = at_least_float32(self.head.project(features.conv6))
-            cams = at_least_float32(self.head.cams_of(projected, classes))
-            class_logits = at_least_float32(self.head.logits_of(projected, image.shape[-2:]))
+            projected, read = map(at_least_float32, self.head.project(features.conv6))
+            cams = at_least_float32(self.head.cams_of(read, classes))
+            class_logits = at_least_float32(self.head.logits_of(read, image.shape[-2:]))
             if crr is not None:
-                refined = crr.refine(self.head.seeds_of(projected, classes), image, features)
+                refined = crr.refine(self.head.seeds_of(read, classes), image, features)
         return Maps(
             cams=cams,
             class_logits=class_logits,

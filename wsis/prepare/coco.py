@@ -1,7 +1,9 @@
 """MS COCO 2014: `train2014.zip`, `val2014.zip`, `annotations_trainval2014.zip`, or unpacked.
 
 Result: images and annotations as COCO has them, lists of the images with labels (`train`, `val`,
-and `val_part`, the first 5,000 of `val` by id, with which AFA and ToCo validate while training),
+and `val_part`, the first 5,000 of `val` by id, with which AFA and ToCo validate while training; and
+`train_tune`, every 41st of `train`, on which a background score may be chosen, with the rest,
+`train_fit`),
 and all masks as palette PNGs in `SegmentationClass` for other programs; `wsis` itself paints masks
 from the annotations when it needs one. `SegmentationClass/maker.json` says how they were painted.
 """
@@ -32,6 +34,8 @@ KNOWN = {"train": 82081, "val": 40137}
 KNOWN_CLASSES = 80
 VAL_PART = 5000
 """ToCo's file `val_part.txt` has 4,999 line ends and 5,000 images: the last line has no end."""
+TUNE_EVERY = 41
+"""Leaves 2,001 images of train for choosing a background score, 2.4 %."""
 
 _PART = 32
 _WANTED = re.compile(
@@ -78,8 +82,14 @@ def prepare_coco(
         )
         folder = root / "ImageSets" / "Segmentation"
         record.write_list(folder / f"{split}.txt", data.ids)
-        if split == "val":
-            record.write_list(folder / "val_part.txt", data.ids[:VAL_PART])
+        parts = {"val_part": data.ids[:VAL_PART]}
+        if split == "train":
+            tune = data.ids[TUNE_EVERY - 1 :: TUNE_EVERY]
+            parts = {"train_tune": tune, "train_fit": sorted({*data.ids} - {*tune})}
+        for name, ids in parts.items():
+            if not ids:  # of a part of COCO
+                continue
+            record.write_list(folder / f"{name}.txt", ids)
         record.about.setdefault("annotations", {})[split] = index.digest
         if masks:
             _paint_all(data, root / "SegmentationClass", processes)

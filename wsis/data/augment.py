@@ -215,16 +215,11 @@ def write_crop(image: Image, drawn: Draw, out: Tensor, mean: Triple, std: Triple
     window = jitter_window(_resize(image, drawn), drawn)
     if any(drawn.hsv):
         window = shift_hsv(window, *drawn.hsv)
+    planes = (window[:, ::-1] if drawn.flip else window).transpose(2, 0, 1)
     rows, columns = drawn.inside
-    for c, table in enumerate(_normalized(tuple(mean), tuple(std))):
-        out[c, rows, columns] = torch.from_numpy(table.take(window[..., c]))
-
-
-@cache
-def _normalized(mean: Triple, std: Triple) -> np.ndarray:
-    """`[3, 256] float32`: what `normalize` makes of each level."""
-    ramp = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 256, 3)
-    return normalize(ramp, mean, std)[:, 0].numpy()
+    inside = out[:, rows, columns]
+    inside.copy_(torch.from_numpy(np.ascontiguousarray(planes)))
+    _normalize(inside, mean, std)
 
 
 def crop_mask(mask: np.ndarray, drawn: Draw, crop: int) -> Tensor:
@@ -266,8 +261,11 @@ def normalize(image_u8: Image | np.ndarray, mean: Triple, std: Triple) -> Tensor
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise InputError(f"image must be [H, W, 3] uint8, got {list(pixels.shape)} {pixels.dtype}")
     planes = torch.from_numpy(pixels).permute(2, 0, 1).to(torch.float32, copy=True)
-    planes = planes.contiguous().div_(255)
-    return planes.sub_(_column(mean)).div_(_column(std))
+    return _normalize(planes.contiguous(), mean, std)
+
+
+def _normalize(planes: Tensor, mean: Triple, std: Triple) -> Tensor:
+    return planes.div_(255).sub_(_column(mean)).div_(_column(std))
 
 
 def _column(values: Triple) -> Tensor:

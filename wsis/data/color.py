@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from wsis.data.augment import Draw
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+_BLOCK = 16384  # pixels whose temporaries stay in the cache: half the time of whole images
 
 
 def jitter_window(image: np.ndarray, drawn: Draw) -> np.ndarray:
-    """Jitter an image as drawn and keep its window of the crop, mirrored where drawn.
+    """Jitter an image as drawn and keep its window of the crop, not yet mirrored.
 
     Args:
-        image: `[h, w, 3] uint8`, contiguous, resized, not yet mirrored.
+        image: `[h, w, 3] uint8`, contiguous, resized.
         drawn: the sample's draw.
 
     Returns:
@@ -44,8 +45,7 @@ def jitter_window(image: np.ndarray, drawn: Draw) -> np.ndarray:
         pixels = adjust(pixels, k, drawn.factors[k])
     if CONTRAST in order:
         level = _mean_grey(_picture(pixels))
-    window = np.asarray(pixels)[drawn.window]
-    pixels = np.ascontiguousarray(window[:, ::-1] if drawn.flip else window)
+    pixels = _cut(pixels, *drawn.window)
     for k in order[before:]:
         factor = drawn.factors[k]
         pixels = _toward(pixels, level, factor) if k == CONTRAST else adjust(pixels, k, factor)
@@ -77,6 +77,12 @@ def adjust(pixels: np.ndarray | Picture, k: int, factor: float) -> np.ndarray | 
 
 def _picture(pixels: np.ndarray | Picture) -> Picture:
     return Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+
+
+def _cut(pixels: np.ndarray | Picture, rows: slice, columns: slice) -> np.ndarray | Picture:
+    if isinstance(pixels, np.ndarray):
+        return np.ascontiguousarray(pixels[rows, columns])
+    return pixels.crop((columns.start, rows.start, columns.stop, rows.stop))
 
 
 def _mean_grey(picture: Picture) -> int:
@@ -119,26 +125,38 @@ def _shift(
     image: np.ndarray, hue_shift: int, saturation_shift: int = 0, value_shift: int = 0
 ) -> np.ndarray:
     """Pillow's way over HSV with `hue_shift` added to the hue modulo 256, the others clipped."""
+    pixels = image.reshape(-1, 3)
+    shifted = np.empty_like(pixels)
+    shifts = hue_shift, saturation_shift, value_shift
+    for start in range(0, len(pixels), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        _shift_block(pixels[block], shifts, shifted[block])
+    return shifted.reshape(image.shape)
+
+
+def _shift_block(pixels: np.ndarray, shifts: tuple[int, int, int], shifted: np.ndarray) -> None:
+    """`_shift` of `[n, 3] uint8` pixels."""
+    hue_shift, saturation_shift, value_shift = shifts
     tables = _tables()
-    red, green, blue = (np.ascontiguousarray(image[..., c]) for c in range(3))
+    red, green, blue = np.ascontiguousarray(pixels.T)
     largest = np.maximum(np.maximum(red, green), blue)
     chroma = largest - np.minimum(np.minimum(red, green), blue)
     # Modulo 256 as all of uint8: largest - middle = 2 largest + smallest - sum.
     fall = largest + largest - chroma + largest - red - green - blue
     order = (red >= green).view(np.uint8) * 4 + (green >= blue).view(np.uint8) * 2
     order += (blue >= red).view(np.uint8)
-    hue = tables.hue.take(_join(order, chroma, fall)) + np.uint8(hue_shift)
-    saturation = _add(tables.saturation.take(_join(largest, chroma)), saturation_shift)
+    hue = tables.hue.take(_join(order, chroma, fall), mode="clip")
+    hue += np.uint8(hue_shift)
+    saturation = tables.saturation.take(_join(largest, chroma), mode="clip")
+    saturation = _add(saturation, saturation_shift)
     largest = _add(largest, value_shift)
     key = _join(saturation, hue)
     whole = largest.astype(np.float32)
-    shifted = np.empty_like(image)
     for c, ratio in enumerate(tables.ratios):
-        level = ratio.take(key)
+        level = ratio.take(key, mode="clip")
         level *= whole
         level += np.float32(0.5)
-        shifted[..., c] = level.astype(np.uint8)
-    return shifted
+        shifted[:, c] = level.astype(np.uint8)
 
 
 def _add(channel: np.ndarray, shift: int) -> np.ndarray:
@@ -149,12 +167,12 @@ def _add(channel: np.ndarray, shift: int) -> np.ndarray:
 
 
 def _join(*parts: np.ndarray) -> np.ndarray:
-    """8-bit values to one index, the first the highest."""
-    index = parts[0].astype(np.uint16 if len(parts) == 2 else np.uint32)
-    for part in parts[1:]:
-        index <<= 8
-        index |= part
-    return index
+    """8-bit values to one index, the first the highest; of numpy's own index type, 3 x as fast."""
+    index = np.zeros(len(parts[0]), "<u2" if len(parts) == 2 else "<u4")
+    octets = index.view(np.uint8).reshape(len(index), -1)
+    for k, part in enumerate(reversed(parts)):
+        octets[:, k] = part
+    return index.astype(np.intp)
 
 
 class _Tables(NamedTuple):

@@ -51,6 +51,9 @@ class DataConfig:
         on_error: what an unreadable training image does: `fail` ends the run with its name when it
             is met; `skip` reads every image before training, leaves the bad ones out and names
             them in the run folder's `quarantine.json`.
+        cache: folder for the decoded training images, one file that is memory-mapped; for sets that
+            fit on the disk and runs of many epochs. Batches are the same with it. null keeps none.
+        cache_gb: refuse to write more than this into it, in 10^9 bytes.
     """
 
     dataset: Literal["scenes", "voc", "folder", "coco", "cub", "ilsvrc", "openimages"] = "voc"
@@ -71,6 +74,8 @@ class DataConfig:
     workers: int = 2
     loader: Literal["auto", "torch", "dali"] = "auto"
     on_error: Literal["fail", "skip"] = "fail"
+    cache: str | None = None
+    cache_gb: float = 10.0
 
 
 @dataclass

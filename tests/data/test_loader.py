@@ -129,6 +129,36 @@ def test_a_sample_depends_on_seed_epoch_and_position_only(scenes):
         assert not any(torch.equal(other[i], known[i]) for i in known)
 
 
+def test_workers_outlive_epochs(scenes):
+    loader = make(scenes, workers=2)
+    pids = []
+    for epoch in range(3):
+        assert_same(list(loader.epoch(epoch)), list(make(scenes).epoch(epoch)))
+        workers = loader._batches.loader()._iterator._workers
+        pids.append([worker.pid for worker in workers])
+        assert all(worker.is_alive() for worker in workers)
+    assert len(pids[0]) == 2 and pids[0] == pids[1] == pids[2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_ends_when_another_begins(scenes, workers):
+    loader = make(scenes, workers=workers)
+    abandoned = loader.epoch(0)
+    next(abandoned)
+    assert_same(list(loader.epoch(1, 2)), list(make(scenes).epoch(1, 2)))
+    with pytest.raises(RuntimeError, match="another epoch of this loader has begun"):
+        next(abandoned)
+    assert_same(list(loader.epoch(0)), list(make(scenes).epoch(0)))
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_batches_are_prepared_ahead_and_pinned_for_a_gpu(scenes, monkeypatch, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    inner = make(scenes, workers=3)._batches.loader()
+    assert (inner.num_workers, inner.persistent_workers, inner.pin_memory) == (3, True, gpu)
+    assert inner.prefetch_factor == 2  # batches that each worker prepares ahead
+
+
 def test_global_random_state_is_left_alone(scenes):
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     for workers in (0, 1):

@@ -71,6 +71,18 @@ def test_identity_follows_the_images_that_are_left(damaged, tmp_path):
     assert trainer.identity != identity(config, trainer.train_set.base)
 
 
+def test_a_run_with_a_cache_is_the_run_without(damaged, tmp_path):
+    config = load_config(damaged)
+    plain = Trainer(config, tmp_path / "plain", resume=False)
+    plain.run()
+    config.data.cache, config.data.workers = str(tmp_path / "cache"), 1
+    stored = Trainer(config, tmp_path / "stored", resume=False)
+    assert stored.identity == plain.identity and len(stored.train_set) == 12
+    stored.run()
+    ends = [tmp_path / name / "weights.safetensors" for name in ("plain", "stored")]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+
+
 @pytest.mark.long
 def test_two_processes_leave_out_the_same(damaged, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"

@@ -103,7 +103,7 @@ def train_transform(
         hsv=hsv,
     )
     out = torch.zeros(3, crop, crop)
-    write_crop(image, drawn, out, mean, std)
+    write_crop(np.array(image), drawn, out, mean, std)
     out_mask = None if mask is None else crop_mask(mask, drawn, crop)
     return out, out_mask, torch.tensor(drawn.valid_box)
 
@@ -202,11 +202,11 @@ def draw(
     )
 
 
-def write_crop(image: Image, drawn: Draw, out: Tensor, mean: Triple, std: Triple) -> None:
+def write_crop(image: np.ndarray, drawn: Draw, out: Tensor, mean: Triple, std: Triple) -> None:
     """Resize, jitter, cut and normalise an image into its place in `out`.
 
     Args:
-        image: RGB, as stored.
+        image: `[H, W, 3] uint8`, as stored; not changed.
         drawn: of the image.
         out: `[3, crop, crop] float32`; only the valid box is written.
         mean: of the image in [0, 1], per channel.
@@ -296,12 +296,12 @@ def _place(rng: torch.Generator, side: int, crop: int) -> tuple[int, int, int]:
     return _randint(rng, 0, crop - side), 0, side
 
 
-def _resize(image: Image, drawn: Draw) -> np.ndarray:
+def _resize(image: np.ndarray, drawn: Draw) -> np.ndarray:
     """`[h, w, 3] uint8` of the drawn size, bicubic."""
     functional = torchvision_functional()
     # The uint8 tensor path is antialiased like Pillow's and about five times as fast.
     pixels = functional.resize(
-        torch.from_numpy(np.array(image)).permute(2, 0, 1),
+        torch.from_numpy(image).permute(2, 0, 1),
         list(drawn.size),
         interpolation=functional.InterpolationMode.BICUBIC,
         antialias=True,

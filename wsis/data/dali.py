@@ -6,8 +6,8 @@ the number of threads and processes changes nothing, and both loaders make the s
 rounding (`wsis.data.dali_graph` says how much).
 
 What DALI decodes as Pillow does, 8-bit RGB and grey in JPEG and PNG, goes to its decoder as it
-is. Everything else (GIF, CMYK, palettes, alpha, 16 bits, generated images) is read by
-`Dataset.image` like for the torch loader, errors included, and handed over as an uncompressed PPM;
+is. Everything else (GIF, CMYK, palettes, alpha, 16 bits, generated and cached images) is read by
+`Dataset.pixels` like for the torch loader, errors included, and handed over as an uncompressed PPM;
 so is a file that DALI's decoder turns out to refuse though Pillow reads it.
 
 On the CPU this loader is there to be tested: DALI's bicubic resizing takes several times as long
@@ -225,7 +225,7 @@ def encoded(dataset: Dataset, i: int) -> tuple[np.ndarray, tuple[int, int]]:
             behind the header of a JPEG or PNG is found by DALI only.
     """
     path = dataset.image_path(i)
-    if path is not None and path.is_file():
+    if path is not None and not dataset.is_decoded and path.is_file():
         file = np.fromfile(path, np.uint8)
         size = _plain_size(file)
         if size is not None:
@@ -239,9 +239,10 @@ def uncompressed(dataset: Dataset, i: int) -> tuple[np.ndarray, tuple[int, int]]
     Raises:
         InputError: the file is missing, damaged, no image, or has 16 bits per channel.
     """
-    image = dataset.image(i)
-    header = b"P6 %d %d 255\n" % image.size
-    return np.frombuffer(header + image.tobytes(), np.uint8), (image.height, image.width)
+    pixels = dataset.pixels(i)
+    height, width, _ = pixels.shape
+    header = b"P6 %d %d 255\n" % (width, height)
+    return np.frombuffer(header + pixels.tobytes(), np.uint8), (height, width)
 
 
 def _plain_size(file: np.ndarray) -> tuple[int, int] | None:

@@ -47,12 +47,15 @@ class Dataset:
             position, slice or list of positions: long lists make them only then.
         has_masks: whether a place for masks exists; says nothing about each single file.
         mask_source: where ground truth comes from, for reports.
+        is_decoded: whether pixels are at hand without decoding a file.
 
     Example:
         >>> data = open_dataset("scenes", split="val", n_val=4)
         >>> len(data), data.image(0).size, data.mask(0).shape
         (4, (112, 112), (112, 112))
     """
+
+    is_decoded = False
 
     def __init__(
         self,
@@ -142,6 +145,10 @@ class Dataset:
             InputError: the file is missing, truncated, no image, or has 16 bits per channel.
         """
         return read_image(self._image_paths[i])
+
+    def pixels(self, i: int) -> np.ndarray:
+        """Image i as `[H, W, 3] uint8`; otherwise as `image`."""
+        return np.array(self.image(i))
 
     def image_size(self, i: int) -> tuple[int, int]:
         """Height and width of image i, from the file's header."""

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from wsis.data.augment import Triple, crop_mask, draw, torchvision_functional, write_crop
 from wsis.data.dataset import Dataset
+from wsis.data.memory import keep_freed_memory
 from wsis.errors import InputError, MissingExtraError
 from wsis.types import Batch
 
@@ -120,27 +121,28 @@ class TrainLoader:
             "mean": tuple(mean),
             "std": tuple(std),
         }
-        torchvision_functional()  # once here, else every worker of every epoch imports it
+        torchvision_functional()  # once here, else every worker imports it
+        self._batches = _Told(_Batches(dataset, seed, masks, self._transform), workers)
+        self._turn = 0
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches `start`, `start + 1`, ... of one epoch, equal to the tail of the whole epoch.
 
+        Beginning another epoch ends this one.
+
         Raises:
             InputError: an image or a mask cannot be used; the message names the file.
         """
-        loader: DataLoader[dict[str, Any]] = DataLoader(
-            _Batches(self.dataset, self.seed, epoch, self._masks, self._transform),
-            batch_sampler=self._order(epoch, start),
-            num_workers=self.workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_one_thread,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else each epoch would draw from the global one
-        )
-        for fields in loader:
+        self._turn += 1
+        turn = self._turn
+        self._batches.told = [[(epoch, i) for i in batch] for batch in self._order(epoch, start)]
+        batches = iter(self._batches.loader())  # the same one each time, where there are workers
+        while (fields := next(batches, None)) is not None:
             if "error" in fields:
                 raise InputError(fields["error"])
             yield Batch(**fields)
+            if turn != self._turn:
+                raise RuntimeError("another epoch of this loader has begun since; use that one")
 
     def _order(self, epoch: int, start: int) -> list[list[int]]:
         """Positions of this process's images in batch `start` and those after it."""
@@ -206,18 +208,49 @@ def sample_generator(seed: int, epoch: int, i: int) -> torch.Generator:
     return rng.manual_seed(int(_philox(seed, epoch, i + 1).integers(2**63)))
 
 
+class _Told:
+    """A `DataLoader` that prepares the batches it is told, by workers that outlive an epoch.
+
+    Starting them anew for each epoch costs a fork of the training process and their first files.
+    """
+
+    def __init__(self, batches: _Batches, workers: int) -> None:
+        self._batches = batches
+        self._workers = workers
+        self._loader: DataLoader[dict[str, Any]] | None = None
+        self.told: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.told)
+
+    def __len__(self) -> int:
+        return len(self.told)
+
+    def loader(self) -> DataLoader[dict[str, Any]]:
+        """Of `told`; built when first needed, so that a loader which is not used has no workers."""
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._batches,
+                batch_sampler=self,
+                num_workers=self._workers,
+                persistent_workers=self._workers > 0,
+                collate_fn=_as_it_is,
+                worker_init_fn=_start_worker,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),  # else each epoch would draw from the global one
+            )
+        return self._loader
+
+
 class _Batches(TorchDataset[dict[str, Any]]):
-    """Augmented batches of one epoch by positions; a bad file makes it {"error": message}.
+    """Augmented batches by (epoch, position); a bad file makes it {"error": message}.
 
     An exception raised in a worker would reach the caller wrapped in the worker's traceback.
     """
 
-    def __init__(
-        self, dataset: Dataset, seed: int, epoch: int, masks: bool, transform: dict[str, Any]
-    ) -> None:
+    def __init__(self, dataset: Dataset, seed: int, masks: bool, transform: dict[str, Any]) -> None:
         self.dataset = dataset
         self.seed = seed
-        self.epoch = epoch
         self.masks = masks
         self.crop = transform["crop"]
         self.mean, self.std = transform["mean"], transform["std"]
@@ -226,18 +259,19 @@ class _Batches(TorchDataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, positions: Sequence[int]) -> dict[str, Any]:
+    def __getitems__(self, batch: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Every image is written where it stays: samples would be copied into a batch."""
+        positions = [i for _, i in batch]
         images = torch.zeros(len(positions), 3, self.crop, self.crop)
         boxes, masks = [], []
-        for out, i in zip(images, positions, strict=True):
+        for out, (epoch, i) in zip(images, batch, strict=True):
             try:
-                image = self.dataset.image(i)
+                image = self.dataset.pixels(i)
                 mask = self.dataset.mask(i) if self.masks else None
             except (InputError, MissingExtraError) as error:
                 return {"error": str(error)}
-            size = (image.height, image.width)
-            drawn = draw(sample_generator(self.seed, self.epoch, i), size, **self.drawn_from)
+            size = (image.shape[0], image.shape[1])
+            drawn = draw(sample_generator(self.seed, epoch, i), size, **self.drawn_from)
             write_crop(image, drawn, out, self.mean, self.std)
             boxes.append(drawn.valid_box)
             if mask is not None:
@@ -260,5 +294,6 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()

@@ -78,6 +78,10 @@ class Subset(Dataset):
         """Image i in RGB as stored; see `Dataset.image`."""
         return self.base.image(self.kept[i])
 
+    def pixels(self, i: int) -> np.ndarray:
+        """Image i as `[H, W, 3] uint8`."""
+        return self.base.pixels(self.kept[i])
+
     def image_size(self, i: int) -> tuple[int, int]:
         """Height and width of image i."""
         return self.base.image_size(self.kept[i])

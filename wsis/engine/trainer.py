@@ -23,8 +23,10 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from wsis.config import TrainConfig
+from wsis.data.cache import CachedDataset
 from wsis.data.dataset import Dataset
 from wsis.data.loader import make_loader
+from wsis.data.memory import keep_freed_memory
 from wsis.data.pseudo_masks import PseudoMasked
 from wsis.engine import distributed
 from wsis.engine.build import build_model, open_split
@@ -35,7 +37,7 @@ from wsis.engine.checkpoint import (
     restore_optimizer,
     save_weights,
 )
-from wsis.engine.device import keep_freed_memory, pick_device
+from wsis.engine.device import pick_device
 from wsis.engine.interrupt import StopRequest
 from wsis.engine.logs import RunLog, versions, write_json_atomic, write_text_atomic
 from wsis.engine.meters import RunningMean
@@ -80,7 +82,7 @@ def identity(config: TrainConfig, dataset: Dataset) -> str:
     relevant = config.as_dict()
     for free in ("threads", "device", "report_images", "quality_images", "predict", "save_every"):
         relevant.pop(free)
-    for free in ("workers", "root", "loader", "on_error", "masks"):
+    for free in ("workers", "root", "loader", "on_error", "masks", "cache", "cache_gb"):
         relevant["data"].pop(free)
     relevant["fingerprint"] = dataset.fingerprint()
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
@@ -129,6 +131,13 @@ class Trainer:
             )
         if config.supervision == "pseudo" and config.data.masks is not None:
             self.train_set = PseudoMasked(self.train_set, config.data.masks)
+        if config.data.cache is not None:
+            self.train_set = CachedDataset(
+                self.train_set,
+                Path(config.data.cache).expanduser(),
+                limit_gb=config.data.cache_gb,
+                progress=distributed.is_main(),
+            )
 
         torch.manual_seed(config.seed)
         self.model = build_model(

@@ -63,6 +63,10 @@ class CachedDataset(Subset):
         self._pixels = np.memmap(self.file, np.uint8, "r", shape=(self._table["bytes"],))
         self._checked = np.zeros(len(base), bool)
 
+    def fingerprint(self) -> str:
+        """That of the data set whose images these are."""
+        return self.base.fingerprint()
+
     def pixels(self, i: int) -> np.ndarray:
         """Image i as `[H, W, 3] uint8`, a copy.
 

@@ -40,9 +40,6 @@ class Subset(Dataset):
     ) -> None:
         self.base = base
         self.kept = tuple(kept)
-        labels = base.labels[list(self.kept)] if base.class_ids is None else None
-        if base.class_ids is not None:  # long lists keep their compact form
-            labels = OneHotRows(base.class_ids[list(self.kept)], len(base.classes))
         if labels is None and base.class_ids is not None:
             labels = OneHotRows(base.class_ids[list(self.kept)], len(base.classes))
         super().__init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,32 @@ def fused_conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     if on_cpu and conv.groups > 1 and conv.dilation[0] > 1 and conv.stride[0] == 1:
         return _by_phases(x, kernel, shift, dilation=conv.dilation[0], groups=conv.groups)
     return F.conv2d(x, kernel, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def relu6_(x: Tensor) -> Tensor:
+    """``min(max(x, 0), 6)`` in place, and what the backward needs is the result alone.
+
+    torch's own in-place form first copies ``x``, because its backward reads that; but the slope is
+    1 exactly where ``0 < result < 6``. Exact, and no copy of every activation is made or kept.
+
+    Args:
+        x: float, of any shape; not what an operator has saved for its own backward.
+    """
+    return _Relu6.apply(x)
+
+
+class _Relu6(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x.clamp_(0, 6)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (result,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grad, result, 0.0, 6.0)
 
 
 def _by_phases(x: Tensor, kernel: Tensor, shift: Tensor, *, dilation: int, groups: int) -> Tensor:

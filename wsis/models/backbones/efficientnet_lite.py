@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsis.errors import InputError, MissingExtraError
-from wsis.models.features import Backbone, Features, fused_conv_norm
+from wsis.models.features import Backbone, Features, fused_conv_norm, relu6_
 from wsis.models.weights import load_state, read_state
 
 # kernel, stride, expansion, output channels, repeats: stages 1..7 of EfficientNet-B0
@@ -72,7 +72,7 @@ class _ConvNorm(nn.Module):
             )
             x = F.pad(x, (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2))
         x = fused_conv_norm(x, self.conv, self.norm)
-        return F.relu6(x, inplace=True) if self.activate else x
+        return relu6_(x) if self.activate else x
 
 
 class _InvertedResidual(nn.Module):

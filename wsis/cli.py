@@ -21,7 +21,7 @@ usage: wsis COMMAND [OPTIONS]
   predict    masks of one image or a folder of images
   submit     masks of VOC's test images, packed for its evaluation server
   refine     stored CAMs, probabilities or labels of a folder of images to masks
-  data       check a data set, or look at a sample of it
+  data       build a data set from its official archives, check one, look at a sample
   convert    the official RTC checkpoint to a wsis weights file
   doctor     what is installed, what was built, which devices there are
 

@@ -301,6 +301,7 @@ def test_cub(tmp_path):
         ("images.txt", "1 ../../x/y.jpg\n", "list other images"),
         ("images.txt", "1 a/b.jpg 7\n", "expected a number and 1 values"),
         ("image_class_labels.txt", "1 1\n2 1\n3 9\n4 2\n", "no class of 1..2"),
+        ("classes.txt", "1 a\n3 b\n", "numbered from 1"),
         ("bounding_boxes.txt", "1 0 0 x 1\n2 0 0 1 1\n3 0 0 1 1\n4 0 0 1 1\n", "is no box"),
         (
             "images.txt",

@@ -64,7 +64,10 @@ def prepare_cub(source: Path, out: Path | None = None, *, partial: bool = False)
         )
     _link(record.root / "dataset" / "CUB", base / "images")
     make_folder(record.root / "metadata" / "CUB")
-    names = [name for (name,) in sorted(classes.values(), key=lambda row: row[0])]
+    numbers = [str(n) for n in range(1, len(classes) + 1)]
+    if classes.keys() != {*numbers}:
+        raise InputError(f"{base / 'classes.txt'}: expected classes numbered from 1 without gaps")
+    names = [classes[number][0] for number in numbers]
     record.write_list(record.root / "metadata" / "CUB" / "classes.txt", names)
     for split, known in KNOWN.items():
         chosen = [n for n, (flag,) in is_train.items() if (flag == "1") == (split == "train")]

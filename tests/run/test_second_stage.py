@@ -19,6 +19,7 @@ from wsis.data.loader import make_loader
 from wsis.engine.check import check
 from wsis.engine.trainer import Trainer
 from wsis.errors import InputError
+from wsis.evaluate.run import load_model, make_pseudo_masks
 from wsis.recipes import get_recipe
 
 SECOND = {
@@ -89,7 +90,6 @@ def test_the_report_shows_no_cam(first, second):
 
 def test_masks_are_the_argmax_of_the_mean_logits(second, tree):
     from wsis.data.augment import normalize
-    from wsis.evaluate.run import load_model
 
     config = load_config(second / "config.yaml")
     model = load_model(config, second, 6)
@@ -145,6 +145,15 @@ def test_pseudo_masks_of_the_cams_leave_pixels_unsure(first, tmp_path, capsys):
     assert "other source" in capsys.readouterr().err
     assert main(["predict", str(first / "first"), *out]) == 2
     assert "either images or --pseudo" in capsys.readouterr().err
+
+
+def test_a_decoder_of_objects_has_no_masks_of_classes(first, tmp_path):
+    config = load_config(first / "first" / "config.yaml")
+    config.model.decoder = "object"
+    arguments = {"source": "decoder", "crf": "none", "weights": "last"}
+    with pytest.raises(InputError, match="trained to localize"):
+        make_pseudo_masks(config, first / "first", tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
 
 
 def test_ground_truth_is_never_opened(first, second, tree, tmp_path, monkeypatch):

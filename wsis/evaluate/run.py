@@ -252,13 +252,16 @@ def make_pseudo_masks(
         How many were written, and how many were there; see `export_pseudo_masks`.
 
     Raises:
-        InputError: CAMs of a network that has none, or as `export_pseudo_masks`.
+        InputError: CAMs of a network that has none, masks of a decoder that knows only objects, or
+            as `export_pseudo_masks`.
     """
     if source == "cam" and config.model.head != "rtc":
         raise InputError(
             f"{folder} is a segmentation network ({config.model.head}) without CAMs; give "
             "--pseudo decoder"
         )
+    if source == "decoder":
+        check_segments(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     dataset = open_split(config.data, config.data.train_split)

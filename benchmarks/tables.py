@@ -114,6 +114,17 @@ def spread(values: list[float | None]) -> str:
     return text if len(known) == 1 else f"{text} ± {(max(known) - min(known)) / 2:.1f}"
 
 
+def step_parts() -> str:
+    result = read("step_parts")
+    rows = result["benchmarks"]
+    lines = ["| part of a step | ms | share, % |", "|---|---|---|"]
+    for row in rows:
+        name = row["name"].partition("[")[2].rstrip("]").replace("cam and crr", "CAM and CRR")
+        lines.append(f"| {name} | {row['median_ms']:.0f} | {row['share']:.1f} |")
+    lines.append(f"| whole step | {sum(row['median_ms'] for row in rows):.0f} | 100.0 |")
+    return "\n".join([*lines, "", f"{source(result)}, 1 thread."])
+
+
 OPERATORS = (
     "affinity_loss",
     "confusion",
@@ -132,6 +143,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "ladder": ladder,
     "localization": localization,
+    "step_parts": step_parts,
 }
 
 

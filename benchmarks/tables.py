@@ -106,6 +106,29 @@ def localization() -> str:
     return "\n".join([*lines, "", note, "", f"Protocol: {line}."])
 
 
+def one_label() -> str:
+    result = read("one_label")
+    columns = ("MaxBoxAccV2", "MaxBoxAcc", "PxAP", "GT-known", "Top-1 Loc")
+    lines = [
+        "| run | map | MaxBoxAccV2 | MaxBoxAcc | PxAP | GT-known, 0.2 | Top-1 Loc, 0.2 "
+        "| chosen threshold | GT-known | Top-1 Loc | Top-1 Cls |",
+        "|---|---|" + "---|" * 9,
+    ]
+    kinds = {"cam": "CAM", "refined": "refined CAM", "localization": "localization map"}
+    for name, runs in result["groups"].items():
+        for kind, title in kinds.items():
+            for run in runs.values():
+                fixed, tuned = run["fixed"][kind], run["tuned"][kind]
+                if fixed is not None:
+                    cells = [number(fixed[column]) for column in columns]
+                    cells.append(f"{tuned['GT-known threshold']:g}")
+                    cells += [number(tuned[column]) for column in columns[-2:]]
+                    cells.append(number(run["fixed"]["classification"]["Top-1 Cls"]))
+                    lines.append(f"| {name} | {title} | {' | '.join(cells)} |")
+    line = next(iter(result["groups"]["+All"].values()))["tuned"]["protocol"]["line"]
+    return "\n".join([*lines, "", f"One seed. {source(result)}.", "", f"Protocol: {line}."])
+
+
 def spread(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
@@ -144,6 +167,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ladder": ladder,
     "localization": localization,
     "step_parts": step_parts,
+    "one_label": one_label,
 }
 
 

@@ -51,6 +51,35 @@ def operators(name: str) -> str:
     return "\n".join([*lines, "", f"{source(result)}, {threads}."])
 
 
+def evaluation() -> str:
+    """What an image costs in each way of evaluating, and in the thread that all others wait for."""
+    result = read("evaluation")
+    names = {"wsis": "stream", "loop": "plain loop", "wsis_by_dali_cpu": "stream, DALI on the CPU"}
+    lines = [
+        "| images | way | CPU, ms per image | of it the network's thread | images/s at best |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["benchmarks"]:
+        count = int(row["group"].split()[0])
+        way = names[row["name"].rstrip("]").split("-")[-1]]
+        costs = [f"{ms / count:.0f}" for ms in (row["median_ms"], row["network_thread_ms"])]
+        cells = [row["group"], way, *costs, f"{row['images_per_s_at_best']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{source(result)}, {result['threads']} thread of torch."])
+
+
+def scaling() -> str:
+    """Training steps by one and two processes."""
+    result = read("scaling")
+    names = {"wsis": "2 processes", "one_process": "1 process"}
+    lines = ["| step | by | CPU of the first process, ms | ratio |", "|---|---|---|---|"]
+    for row in result["benchmarks"]:
+        way = names[row["name"].rstrip("]").split("[")[-1]]
+        cells = [row["group"], way, f"{row['median_ms']:.0f}", f"{row['ratio']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{source(result)}, 1 thread each."])
+
+
 def headline() -> str:
     result = read("train_headline")
     weak, twin = result["runs"]["weak"], result["runs"].get("twin")
@@ -163,9 +192,11 @@ OPERATORS = (
 )
 TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(operators, name) for name in OPERATORS},
+    "evaluation": evaluation,
     "headline": headline,
     "ladder": ladder,
     "localization": localization,
+    "scaling": scaling,
     "step_parts": step_parts,
     "one_label": one_label,
 }

@@ -42,11 +42,12 @@ class DataConfig:
         jitter: colour jitter of brightness, contrast, saturation, hue.
         hsv: largest shifts of hue (in 180 steps of a turn), saturation and value (in 255 steps),
             added after `jitter`; not with DALI.
-        workers: processes that load data; 0 loads in the training process.
+        workers: processes that load data; 0 loads in the training process. Evaluation has as many
+            threads that read ahead of the network, and as many that refine, score and write.
         masks: folder of pseudo masks `<id>.png` with the data set's file ids, one for each training
             image, for `supervision: pseudo`; 255 is ignored.
         loader: what decodes and augments: `torch`, `dali` (on the GPU that trains), or `auto`: dali
-            where it is installed, a GPU trains and the images are files. Both make the same
+            where it is installed, a GPU works and the images are files. Both make the same
             batches up to rounding.
         on_error: what an unreadable training image does: `fail` ends the run with its name when it
             is met; `skip` reads every image before training, leaves the bad ones out and names

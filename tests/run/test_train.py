@@ -351,6 +351,29 @@ def test_two_processes_train_the_supervised_twin(trained, tmp_path):
     assert json.loads((tmp_path / "ddp" / "metrics.json").read_text())["cams"] is None
 
 
+@pytest.mark.long
+def test_two_processes_evaluate_as_one(trained, tmp_path):
+    """The files of one process: figures byte for byte, and every mask; each image once."""
+    assert main(["evaluate", str(trained), "--out", str(tmp_path / "one")]) == 0
+    line = command("evaluate", trained, "--out", tmp_path / "two")
+    launch = [line[0], "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29519"]
+    done = subprocess.run(
+        [*launch, *line[1:]],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report: ") == 1  # one process speaks
+    one, two = (sorted((tmp_path / k).rglob("*")) for k in ("one", "two"))
+    assert [p.name for p in one] == [p.name for p in two]
+    for alone, together in zip(one, two, strict=True):
+        if alone.suffix in (".json", ".png"):
+            assert alone.read_bytes() == together.read_bytes(), alone.name
+
+
 def test_without_ground_truth_masks_are_predicted_not_scored(trained, tree, tmp_path, capsys):
     bare = tmp_path / "bare"
     shutil.copytree(tree, bare)

@@ -1,9 +1,6 @@
 """Training batches per processor second: the field's loop, the torch loader, DALI on the CPU.
 
-The loop is what 1-stage-wseg and ToCo do: a `Dataset` of Pillow and torchvision steps on whole
-images, normalisation and padded crop in numpy, a plain `DataLoader`. Its steps in order, from
-their description: open and convert to RGB, resize the long side (bicubic), mirror, ColorJitter,
-numpy, (x / 255 - mean) / std per channel, crop into zeros, HWC to CHW.
+The loop is `wsis.bench.loop`: what 1-stage-wseg and ToCo do, from their description.
 
 `wsis_cached` is the torch loader with `data.cache`. All in one process with one thread of work and
 freed memory kept, as in a worker of ours, measured in processor time of all its threads, so that a
@@ -20,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import transforms
 
+from wsis.bench.loop import Loop
 from wsis.data import open_dataset
 from wsis.data.cache import CachedDataset
 from wsis.data.loader import make_loader
@@ -30,42 +27,6 @@ from wsis.data.memory import keep_freed_memory
 IMAGES, BATCH, CROP, RANGE = 64, 8, 448, (448, 768)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 JITTER = (0.3, 0.3, 0.3, 0.1)
-
-
-class Loop(torch.utils.data.Dataset):
-    """One image after the other, as the repositories write it."""
-
-    def __init__(self, paths, labels):
-        self.paths, self.labels = paths, labels
-        self.jitter = transforms.ColorJitter(*JITTER)
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        image = Image.open(self.paths[i]).convert("RGB")
-        long_side = random.randint(*RANGE)
-        width, height = image.size
-        if width < height:
-            size = (round(width * long_side / height), long_side)
-        else:
-            size = (long_side, round(height * long_side / width))
-        image = image.resize(size, resample=Image.Resampling.BICUBIC)
-        if random.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = np.asarray(self.jitter(image))
-        normal = np.empty_like(pixels, np.float32)
-        for c in range(3):
-            normal[..., c] = (pixels[..., c] / 255.0 - MEAN[c]) / STD[c]
-        height, width = normal.shape[:2]
-        kept_height, kept_width = min(CROP, height), min(CROP, width)
-        top, left = random.randint(0, height - kept_height), random.randint(0, width - kept_width)
-        y, x = random.randint(0, CROP - kept_height), random.randint(0, CROP - kept_width)
-        crop = np.zeros((CROP, CROP, 3), np.float32)
-        crop[y : y + kept_height, x : x + kept_width] = normal[
-            top : top + kept_height, left : left + kept_width
-        ]
-        return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))), self.labels[i]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +62,17 @@ def batches(way, dataset, folder):
     if way == "loop":
         paths = [dataset.image_path(i) for i in range(len(dataset))]
         loader = torch.utils.data.DataLoader(
-            Loop(paths, torch.from_numpy(dataset.labels.copy())), BATCH, shuffle=True
+            Loop(
+                lambda i: Image.open(paths[i]),
+                torch.from_numpy(dataset.labels.copy()),
+                crop=CROP,
+                resize_long=RANGE,
+                jitter=JITTER,
+                mean=MEAN,
+                std=STD,
+            ),
+            BATCH,
+            shuffle=True,
         )
         return lambda: sum(len(images) for images, _ in loader)
     if way == "wsis_cached":

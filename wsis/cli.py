@@ -23,13 +23,24 @@ usage: wsis COMMAND [OPTIONS]
   refine     stored CAMs, probabilities or labels of a folder of images to masks
   data       build a data set from its official archives, check one, look at a sample
   convert    the official RTC checkpoint to a wsis weights file
+  bench      speed and memory on this machine, against a reference each
   doctor     what is installed, what was built, which devices there are
 
 `wsis COMMAND --help` shows the options of a command.
 """
 
 
-COMMANDS = ("train", "evaluate", "predict", "refine", "submit", "data", "convert", "doctor")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "predict",
+    "refine",
+    "submit",
+    "data",
+    "convert",
+    "bench",
+    "doctor",
+)
 """Each is a function of this name in a module of this name in `wsis.commands`."""
 
 

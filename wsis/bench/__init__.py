@@ -1,0 +1,1 @@
+"""A short benchmark that a user can run; the long ones are in `benchmarks/`."""

@@ -101,11 +101,11 @@ sys.exit(code)
 
 @pytest.mark.long
 def test_memory_does_not_grow_with_the_data(shared_data, tmp_path):
-    """The whole run, evaluation included, with every image once and six times; each a process."""
+    """The whole run, evaluation included, with every image once and five times; each a process."""
     peaks = {}
-    for times in (1, 6):
+    for times in (1, 5):
         source, root = shared_data / "coco-mini", tmp_path / f"mini{times}"
-        mini(root, source, train=40, val=24, times=times)
+        mini(root, source, train=16, val=6, times=times)
         path = config(tmp_path / f"{times}.yaml", root, report_images=2, quality_images=-1)
         line = ["train", "--config", str(path), "--out", str(tmp_path / f"out{times}")]
         done = subprocess.run(
@@ -114,4 +114,4 @@ def test_memory_does_not_grow_with_the_data(shared_data, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         peaks[times] = int(done.stdout.split("peak ")[1])
     print(f"peak of memory, MB: {peaks}")
-    assert peaks[6] - peaks[1] < 40
+    assert peaks[5] - peaks[1] < 40  # measured 1163 and 1172

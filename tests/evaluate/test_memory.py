@@ -106,7 +106,7 @@ class Tiny(nn.Module):
 
 
 COUNTS = [
-    pytest.param(400, 100, id="400"),
+    pytest.param(240, 60, id="240"),
     pytest.param(40_000, 2_000, id="40000", marks=pytest.mark.long),
 ]
 PROTOCOL = Protocol(scales=(1.0,), flip=False)

@@ -148,6 +148,14 @@ def test_memory_does_not_grow_with_images_times_classes():
     assert rows.shape == (32, 1000) and held < 2e6  # dense: 200 MB
 
 
+def test_part_of_a_list_keeps_names_and_the_compact_form(tree):
+    data = open_dataset("cub", tree, "train")
+    part = Subset(data, [4, 0])
+    assert list(part.ids) == [data.ids[4], data.ids[0]]
+    assert isinstance(part.labels, OneHotRows) and part.class_ids.tolist() == [1, 0]
+    assert part.image(0) == data.image(4)
+
+
 def test_images_with_one_label_of_any_data_set():
     every = open_dataset("scenes", split="train", n_train=40)
     part = one_label(every)

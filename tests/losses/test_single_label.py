@@ -64,6 +64,13 @@ def test_maps_of_some_classes_are_those_of_all():
     assert not some.refined.allclose(every.refined[:, [0, 1, 2, 3]])
 
 
+def test_logits_are_not_rounded_to_half_precision():
+    model, image = make_model(9), torch.randn(2, 3, SIDE, SIDE)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(image, classes=torch.tensor([1])).class_logits
+    assert logits.dtype == torch.float32 and not logits.equal(logits.bfloat16().float())
+
+
 @pytest.mark.parametrize("class_ids", [[3, 3, 3, 3], [0, 5, 2, 5], [6, 1, 0, 3]])
 def test_losses_and_gradients_are_those_of_all_classes(class_ids):
     """Prototypes of absent classes take no part, so leaving their maps out changes nothing."""

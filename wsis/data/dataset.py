@@ -27,7 +27,7 @@ except ImportError as error:
 WSOL_DATASETS = ("cub", "ilsvrc", "openimages")
 DATASETS = ("scenes", "voc", "folder", "coco", *WSOL_DATASETS)
 _NO_CLASS = 254  # what a file value that is no class maps to; internal ids stay below it
-_SAFE_ID = re.compile(r"\w[\w.\- ]*")
+_SAFE_ID = re.compile(r"\w[\w.\-+ ]*")
 
 
 class Dataset:
@@ -240,7 +240,8 @@ def check_id(name: str, where: str | Path) -> str:
     """
     if not _SAFE_ID.fullmatch(name):
         raise InputError(
-            f"{where}: {name!r} is no image id; expected letters, digits, '_', '-', '.' or spaces"
+            f"{where}: {name!r} is no image id; expected letters, digits, '_', '-', '+', '.' "
+            "or spaces"
         )
     return name
 

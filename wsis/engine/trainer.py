@@ -28,6 +28,7 @@ from wsis.data.dataset import Dataset
 from wsis.data.loader import make_loader
 from wsis.data.memory import keep_freed_memory
 from wsis.data.pseudo_masks import PseudoMasked
+from wsis.data.subset import Subset
 from wsis.engine import distributed
 from wsis.engine.build import build_model, open_split
 from wsis.engine.check import batch_rule, check
@@ -113,6 +114,9 @@ class Trainer:
         self.one_label = config.loss.classification == "single"
         self.train_set = open_split(config.data, config.data.train_split, one_label=self.one_label)
         self.val_set = open_split(config.data, config.data.val_split, one_label=self.one_label)
+        if self.one_label and isinstance(self.train_set, Subset) and distributed.is_main():
+            kept, every = len(self.train_set), len(self.train_set.base)
+            print(f"{kept} of {every} training images have exactly one label; others are left out")
         if config.supervision == "masks":
             bare = [k for k in range(len(self.train_set)) if not self.train_set.has_mask(k)]
             if bare:

@@ -63,7 +63,11 @@ class CamHead(nn.Module):
 
     def logits_of(self, read: Tensor, size: Sequence[int]) -> Tensor:
         """Image-level logits ``[B, K]``: the mean commutes with ``W``, so no CAM is formed."""
-        return F.linear(mean_of_resized(read, size), self.classifier.weight[1:].flatten(1))
+        weight = self.classifier.weight[1:].flatten(1)
+        # Half precision would round what the classes are compared by; of all CAMs it never did.
+        with torch.autocast(read.device.type, enabled=False):
+            mean = mean_of_resized(as_float(read), size)
+            return F.linear(mean, weight.to(mean.dtype))
 
     @torch.no_grad()
     def seeds_of(self, read: Tensor, classes: Tensor) -> Tensor:

@@ -159,6 +159,8 @@ class OptimConfig:
             runs do not keep their first weights); 0 keeps none. Where there is one, it is what is
             evaluated.
         amp: `off`, `bf16` or `fp16` automatic mixed precision.
+        compile: train through `torch.compile` (the network of a step is one graph). Off by
+            default: it needs a host compiler and minutes before the first step.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -175,6 +177,7 @@ class OptimConfig:
     accumulate: int = 1
     ema: float = 0.0
     amp: Literal["off", "bf16", "fp16"] = "off"
+    compile: bool = False
 
 
 @dataclass

@@ -77,7 +77,7 @@ class TrainResult:
 def identity(config: TrainConfig, dataset: Dataset) -> str:
     """Hash of everything that a checkpoint depends on; a resumed run must have the same.
 
-    Neither the device nor the loader is in it: they change no more than rounding. Images that
+    Device, loader and compiler are not in it: they change no more than rounding. Images that
     were left out change the fingerprint, and so do the values of pseudo masks.
     """
     relevant = config.as_dict()
@@ -85,6 +85,7 @@ def identity(config: TrainConfig, dataset: Dataset) -> str:
         relevant.pop(free)
     for free in ("workers", "root", "loader", "on_error", "masks", "cache", "cache_gb"):
         relevant["data"].pop(free)
+    relevant["optim"].pop("compile")
     relevant["fingerprint"] = dataset.fingerprint()
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
@@ -149,8 +150,11 @@ class Trainer:
         )
         self.model.to(self.device, memory_format=torch.channels_last)
         wrapper = Siamese if config.supervision == "labels" else Supervised
+        network = wrapper(self.model)
+        if config.optim.compile:
+            network.compile()  # only as a step calls it: validation has images of any size
         # Before its epoch the decoder gets no gradient, which DDP must be told to expect.
-        self.network = distributed.wrap_ddp(wrapper(self.model), find_unused=True)
+        self.network = distributed.wrap_ddp(network, find_unused=True)
         self.optimizer = make_optimizer(
             self.model,
             name=config.optim.name,

@@ -120,20 +120,29 @@ struct Pass {
   template <class V>
   WSIS_INLINE void slowly(int64_t t, const Tile& tile, const TileBuffers<T>& buffers) const {
     const int32_t stride = memory.stride;
-    load_logits<V>(tile, buffers.pixels);
-    if (!first)
-      for (int32_t k = 0; k < call.num_terms; ++k) {
+    const bool given = first && start;
+    if (!given || keep_logits) {
+      load_logits<V>(tile, buffers.pixels);
+      for (int32_t k = 0; !first && k < call.num_terms; ++k) {
         const TileOf of(call.terms[k].lattice, t, tile);
         const T* weights = weights_of(k, of, tile, call.terms[k].after, buffers.weights);
         dispatch(SliceTile<T>{of, sources[k], factors + k * stride, weights, stride, buffers.rows,
                               buffers.pixels});
       }
-    if (first && start)
+      if (first || last || shift) dispatch(Shift<T>{buffers.pixels, tile.pixels(), stride, sums});
+      if (keep_logits) keep(tile, buffers.pixels);
+    }
+    if (given)
       load_tile<V>(start, tiles, tile, call.labels, stride, T(1), T(0), buffers.pixels);
-    else if (shift || first || last)
-      dispatch(Softmax<T, true>{buffers.pixels, tile.pixels(), stride, sums});
     else
-      dispatch(Softmax<T, false>{buffers.pixels, tile.pixels(), stride, sums});
+      dispatch(Softmax<T>{buffers.pixels, tile.pixels(), stride, sums});
+  }
+
+  // Logits of a tile for the passes to come, each pixel's largest taken off.
+  WSIS_INLINE void keep(const Tile& tile, const T* rows) const {
+    T* kept = logits + tile.first * call.labels;
+    for (int32_t p = 0; p < tile.pixels(); ++p, rows += memory.stride)
+      for (int32_t c = 0; c < call.labels; ++c) *kept++ = rows[c];
   }
 
   // Passes between the first and the last, for rows that fit in registers.
@@ -172,15 +181,9 @@ struct Pass {
   WSIS_INLINE void load_logits(const Tile& tile, T* rows) const {
     const int32_t labels = call.labels, stride = memory.stride;
     const T none = static_cast<T>(kernels::kNoLabel);
-    T* kept = logits + tile.first * labels;
+    const T* kept = logits + tile.first * labels;
     if (read_planes) {
       load_tile<V>(unary, tiles, tile, labels, stride, T(-1), none, rows);
-      if (keep_logits)
-        for (int32_t p = 0; p < tile.pixels(); ++p, kept += labels, rows += stride) {
-          T most = rows[0];
-          for (int32_t c = 1; c < labels; ++c) most = rows[c] > most ? rows[c] : most;
-          for (int32_t c = 0; c < labels; ++c) kept[c] = rows[c] - most;
-        }
       return;
     }
     // Below, whole vectors are read: where that would go past the end, single numbers.

@@ -26,6 +26,7 @@ struct BlurLines {
   template <class Row>
   WSIS_INLINE void blur(Row before, T* base) const {
     constexpr int64_t kAhead = 32;
+    constexpr bool kAsk = sizeof(Row) >= 32;  // tables of short rows are small
     const uint32_t *line = lines + begin, *stop = lines + end;  // see SplatTile::add()
     const int32_t step = stride;
     Row here, next;
@@ -33,7 +34,7 @@ struct BlurLines {
     before.clear();
     here.read(to);
     while (line != stop) {
-      if (stop - line > kAhead) {
+      if (kAsk && stop - line > kAhead) {
         const T* later = base + int64_t{line[kAhead] & ~kFlag} * step;
         __builtin_prefetch(later, 1);
         __builtin_prefetch(later + 64 / sizeof(T), 1);

@@ -14,6 +14,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "cpu/memory.h"
 #include "cpu/permutohedral_vertices.h"
 #include "cpu/simd.h"
 
@@ -64,7 +65,7 @@ bool find_range(const Points& points, float* low, float* high) {
 template <class Key, int kDims>
 struct EmbedTiles {
   static constexpr int kMost = kDims ? kDims : kMaxDims;
-  static constexpr int kBits = kDims == 2 || kDims == 3 ? 9 : kDims ? 10 : 13;
+  static constexpr int kBits = kDims == 2 ? 9 : kDims ? 10 : 13;
   static constexpr int32_t kPlaces = kTilePixels * (kMost + 1);
   static_assert((1 << kBits) > kPlaces + kPlaces / 4, "the table of a tile must not fill up");
 
@@ -88,6 +89,7 @@ struct EmbedTiles {
     float weight[kMost + 1][kTilePixels];
     Key keys[kPlaces];
     int16_t counts[kPlaces], moved[kPlaces];
+    Key origin, step[kMost + 1];  // the key of coordinates 0, and what a corner adds to the one before
     uint16_t table[1 << kBits];
   };
 
@@ -97,6 +99,9 @@ struct EmbedTiles {
     Key* to = listed;
     int16_t* to_counts = listed_counts;
     const int dims = kDims ? kDims : layout.dims;
+    const int32_t zeros[kMost] = {};
+    work.origin = layout.pack(zeros, dims);
+    for (int i = 0; i <= dims; ++i) work.step[i] = layout.step(i);
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = tiles[t];
       load_features(tile, work);
@@ -159,16 +164,16 @@ struct EmbedTiles {
     Key before = 0;
     for (int p = 0; p < pixels; ++p, slot += dims + 1, weight += dims + 1) {
       for (int r = 0; r <= dims; ++r) weight[r] = work.weight[r][p];
-      int32_t coordinates[kMost];
-      for (int i = 0; i < dims; ++i) coordinates[i] = work.corner[i][p];
-      Key key = layout.pack(coordinates, dims);
+      Key key = work.origin;
+      for (int i = 0; i < dims; ++i)
+        key += static_cast<Key>(static_cast<int64_t>(work.corner[i][p])) * layout.unit[i];
       if (kDims != 0 && p > 0 && key == before && work.order[p] == work.order[p - 1]) {
         for (int r = 0; r <= dims; ++r) ++work.counts[slot[r] = slot[r - dims - 1]];
         continue;
       }
       before = key;
       for (int r = 0; r <= dims; ++r) {
-        if (r > 0) key = layout.next_corner(key, work.by_rank[dims - r + 1][p]);
+        if (r > 0) key += work.step[work.by_rank[dims - r + 1][p]];
         uint32_t at = static_cast<uint32_t>(kernels::mix(key) >> (64 - kBits));
         while (work.table[at] && work.keys[work.table[at] - 1] != key) at = (at + 1) % (1 << kBits);
         if (!work.table[at]) {
@@ -240,6 +245,9 @@ Sizes embed(const Points& points, int32_t parts, int64_t* memory, int16_t* slots
   float scale[kMaxDims], low[kMaxDims], high[kMaxDims];
   if (!find_range(points, low, high)) return {-1, 0};
   for (int i = 0; i < dims; ++i) scale[i] = kernels::axis_scale(i, dims);
+  prefer_huge_pages(slots, tiles.pixels() * (dims + 1) * int64_t{sizeof(*slots)});
+  prefer_huge_pages(weights, tiles.pixels() * (dims + 1) * int64_t{sizeof(*weights)});
+  prefer_huge_pages(entries, tiles.pixels() * (dims + 1) * int64_t{sizeof(*entries)});
   Sizes sizes{-2, 0};
   with_keys(points, [&](const auto& layout) {
     using Key = std::remove_const_t<std::remove_reference_t<decltype(layout.ones)>>;

@@ -33,11 +33,13 @@ struct TileOf {
   }
 };
 
-// Asks for the rows of a tile that comes soon, in two tables (one may be null).
+// Asks for the rows of a tile that comes soon, in two tables (one may be null). Tables of short rows
+// are small: they stay where they can be read from in time.
 template <class T>
 WSIS_INLINE void prefetch_rows(const Lattice& lattice, int64_t tile, const T* source,
                                const T* target, int32_t stride) {
   const int32_t bytes = stride * static_cast<int32_t>(sizeof(T));
+  if (bytes < 64) return;
   const auto* from = reinterpret_cast<const char*>(source);
   const auto* to = reinterpret_cast<const char*>(target);
   const uint32_t* row = lattice.rows + lattice.first[tile];
@@ -66,9 +68,9 @@ inline int32_t longest_list(const Lattice& lattice) {
 // Memory of one thread for a tile.
 template <class T>
 struct TileBuffers {
-  T* pixels;  // [64, stride]
+  T* pixels;  // [128, stride]
   T* rows;    // [longest list, stride]
-  T* weights;  // [64 (d + 1)]
+  T* weights;  // [128 (d + 1)]
 
   static int64_t size(int32_t stride, int32_t longest, int32_t corners) {
     return round_up(int64_t{kTilePixels} * stride) + round_up(int64_t{longest} * stride) +

@@ -1,4 +1,4 @@
-// The order in which the lattice walks over pixels: tiles of up to 64, row by row inside a tile, tiles
+// The order in which the lattice walks over pixels: tiles of up to 128, row by row inside a tile, tiles
 // row by row inside blocks of 8 x 8 tiles.
 //
 // The pixels of a tile share vertices, so a tile keeps its own short list of them, and all arrays per
@@ -12,7 +12,7 @@
 
 namespace wsis::cpu {
 
-constexpr int32_t kTilePixels = 64;
+constexpr int32_t kTilePixels = 128;
 
 struct Tile {
   int32_t y, x, height, width;
@@ -22,7 +22,7 @@ struct Tile {
 
 struct Tiles {
   int32_t height, width;            // of the image
-  int32_t tile_height, tile_width;  // of a whole tile: 8 x 8, flatter for flat images
+  int32_t tile_height, tile_width;  // of a whole tile: 8 x 16, flatter for flat images
   int32_t down, across;
 
   Tiles(int32_t image_height, int32_t image_width) : height(image_height), width(image_width) {

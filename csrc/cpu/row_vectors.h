@@ -61,6 +61,45 @@ WSIS_INLINE V over_lanes(V v, Op op) {
   }
 }
 
+// Steps of adding lanes in the order of over_lanes(). In each half of 4 lanes the results for a come
+// first: lanes 0 + 2 and 1 + 3, then the same for b; or lanes 0 + 1 and 2 + 3.
+template <class V>
+WSIS_INLINE V add_halves(V a, V b) {
+  if constexpr (kLanes<V, typename kernels::Element<V>::Scalar> == 8)
+    return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
+           __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  else
+    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+}
+template <class V>
+WSIS_INLINE V add_neighbours(V a, V b) {
+  constexpr int kCount = kLanes<V, typename kernels::Element<V>::Scalar>;
+  if constexpr (kCount == 8)
+    return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
+           __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+  else if constexpr (kCount == 4)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+  else
+    return __builtin_shufflevector(a, b, 0, 2) + __builtin_shufflevector(a, b, 1, 3);
+}
+
+// Lane i of the result is the sum of the lanes of rows[i], to the bit that of over_lanes().
+template <class V>
+WSIS_INLINE V sums_of_rows(V* rows) {
+  constexpr int kCount = sizeof(V) / sizeof(typename kernels::Element<V>::Scalar);
+  if constexpr (kCount == 1) {
+    return rows[0];
+  } else if constexpr (kCount == 2) {
+    return add_neighbours(rows[0], rows[1]);
+  } else {
+    if constexpr (kCount == 8)
+      for (int i = 0; i < 4; ++i)
+        rows[i] = __builtin_shufflevector(rows[i], rows[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
+                  __builtin_shufflevector(rows[i], rows[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    return add_neighbours(add_halves(rows[0], rows[1]), add_halves(rows[2], rows[3]));
+  }
+}
+
 // A square of numbers, vectors of `rows` becoming columns. Halves are exchanged at growing distance.
 template <class V>
 WSIS_INLINE void transpose(V* rows) {

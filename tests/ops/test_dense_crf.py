@@ -372,9 +372,9 @@ def test_a_single_bad_pixel_is_found(iterations, labels):
             dense_crf(IMAGE, energy, terms=[], iterations=iterations, unary_kind="energy")
 
 
-@pytest.mark.parametrize("labels", [2, 4, 5, 21])
+@pytest.mark.parametrize("labels", [1, 2, 4, 5, 21, 40])
 def test_rows_of_any_length_beside_the_border(labels):
-    for size in ((1, 2), (3, 1), (8, 8), (9, 16), (17, 9)):
+    for size in ((1, 2), (3, 1), (8, 8), (8, 16), (9, 33), (17, 9)):
         image, probs = photograph(size), scores(labels, size)
         q, best = dense_crf(image, probs, preset="psa", iterations=3, output="both")
         error = q - dense_crf(image, probs.double(), preset="psa", iterations=3)

@@ -171,7 +171,7 @@ def test_sizes_follow_the_vertices():
     slots, weights, entries, first, rows, counts, lines, cuts = lattice.images[0]
     (vertices,) = lattice.vertices
     assert slots.shape == weights.shape == entries.shape == (40 * 48, 3)
-    assert len(first) == 30 + 1
+    assert len(first) == 15 + 1
     assert len(rows) == len(counts) == first[-1] < 40 * 48 // 4
     assert lines.shape == (3, vertices)
     assert cuts.shape == (3, 1, 2)

@@ -100,8 +100,11 @@ def test_left_early_nothing_stays(count):
 
 def test_ctrl_c_ends_all_of_it(tmp_path):
     script = """
-        import threading, time
+        import signal, threading, time
         from wsis.data.threads import in_threads
+
+        # Tests may run in the background, where a shell has Ctrl-C ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
         def slow(n):
             time.sleep(0.05)

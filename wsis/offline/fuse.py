@@ -33,7 +33,9 @@ def check_fuse(name: str, *, gate: bool = False) -> str:
     if name not in FUSES:
         raise InputError(f"unknown fuse rule '{name}', expected one of {', '.join(FUSES)}")
     if gate and name != "mean":
-        raise InputError(f"the class gate goes with fuse 'mean', got '{name}'; set gate to false")
+        raise InputError(
+            f"predict.gate: the class gate goes with fuse 'mean', got '{name}'; set it to false"
+        )
     return name
 
 

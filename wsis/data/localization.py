@@ -152,7 +152,7 @@ def read_voc_boxes(dataset: Dataset) -> tuple[Localization, NDArray[np.int64]]:
     if not names:
         raise InputError(f"{base}: no image of split '{dataset.split}' has boxes of one class only")
     place = {name: i for i, name in enumerate(dataset.ids)}
-    sizes = [dataset.image(place[name]).size for name in names]
+    sizes = [dataset.image_size(place[name])[::-1] for name in names]
     truth = Localization(
         str((listed if listed.is_file() else stored).relative_to(base)),
         tuple(names),

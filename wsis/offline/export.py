@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from wsis.data.dataset import read_json
 from wsis.engine.logs import write_json_atomic
 from wsis.errors import InputError
+from wsis.models.weights import weights_hash
 from wsis.offline.cams import pseudo_mask, seeds_of
 from wsis.offline.masks import write_mask
 from wsis.offline.predict import Pass, conclude
@@ -23,7 +23,6 @@ from wsis.pseudo import PseudoRule
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import nn
 
     from wsis.data.dataset import Dataset
     from wsis.models.network import Network
@@ -76,7 +75,7 @@ def export_pseudo_masks(
     out, rule = Path(out), rule or PseudoRule()
     made = {
         **(about or {}),
-        "weights": weights_digest(model),
+        "weights": weights_hash(model),
         "images": dataset.fingerprint(),
         "source": source,
         "prediction": {**prediction, "scales": list(prediction["scales"])},
@@ -132,14 +131,6 @@ def crf_of_mask(image: Image.Image, mask: np.ndarray, preset: str) -> np.ndarray
     places[ids] = np.arange(len(ids))
     labels = crf_of_labels(np.array(image), torch.from_numpy(places[mask]), len(ids), preset)
     return ids[labels.numpy()]
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 (hex) over names and values of a network's state."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _claim(out: Path, made: Mapping[str, Any]) -> None:

@@ -55,10 +55,26 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         (["convert", "absent.pth", "out.safetensors"], "absent.pth"),
         (["convert", "absent.pth", "out.pth"], ".safetensors"),
         (["doctor", "--all"], "no options"),
+        (
+            ["evaluate", "--masks", "m", "--weights", "best"],
+            "--weights goes with a run folder only",
+        ),
+        (["evaluate", "--masks", "m", "--device", "cpu"], "--device goes with a run folder only"),
+        (["submit"], "either a run folder or --masks"),
+        (["evaluate", "broken"], "broken/config.yaml: Group 'optim'"),
+        (["evaluate", "object", "--protocol", "voc-rtc"], "wsis evaluate wsol"),
+        (["predict", "object", "x.jpg", "--workers", "-1"], "--workers must be 0 or more"),
+        (["submit", "object", "--workers", "-1"], "--workers must be 0 or more"),
     ],
 )
 def test_mistakes(arguments, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for run, text in (
+        ("broken", "optim: {lerning_rate: 1}"),
+        ("object", "model: {decoder: object}"),
+    ):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "config.yaml").write_text(text)
     assert expected in fails(arguments, capsys)
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -67,6 +83,18 @@ def test_unknown_key_in_a_file(tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text("optim: {lerning_rate: 1}\n")
     assert "lerning_rate" in fails(["train", "--config", str(path)], capsys)
+
+
+@pytest.mark.parametrize("words", [["doctor"], ["data"], ["evaluate"], ["predict"], ["submit"]])
+def test_help_of_commands(words, capsys):
+    try:
+        code = main([*words, "--help"])
+    except SystemExit as end:  # argparse ends so
+        code = end.code
+    assert code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: wsis {words[0]}")
+    assert "null" not in text.split("\n\n", 1)[1].replace("{true,false,null}", "")
 
 
 def test_help_and_version(capsys):

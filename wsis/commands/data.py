@@ -12,15 +12,25 @@ from wsis.errors import InputError
 _KINDS = "scenes | voc | folder | coco | cub | ilsvrc | openimages"
 
 
+_USAGE = """\
+usage: wsis data check|prepare|show [OPTIONS]
+
+  check      read every file of a data set; what is wrong, and a cure for each
+  prepare    build VOC, SBD, COCO or CUB from its official archives
+  show       draw a sample of a data set
+
+`wsis data check --help` and so on show the options.
+"""
+
+
 def data(arguments: list[str]) -> int:
     """Check, prepare or show; returns the exit code, 1 where a file is bad."""
     actions = {"check": _check, "prepare": _prepare, "show": _show}
     if not arguments or arguments[0] not in actions:
-        usage = f"usage: wsis data {'|'.join(actions)} [OPTIONS]; see wsis data check --help"
         if arguments and arguments[0] in ("-h", "--help"):
-            print(usage)
+            print(_USAGE, end="")
             return 0
-        raise InputError(usage)
+        raise InputError(f"usage: wsis data {'|'.join(actions)} [OPTIONS]; see wsis data --help")
     return actions[arguments[0]](arguments[1:])
 
 

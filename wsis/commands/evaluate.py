@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from wsis.commands.options import make_parser, next_free
+from wsis.commands.options import add_inputs, make_parser, next_free, set_inputs
 from wsis.commands.train import load_config
 from wsis.errors import InputError
 
@@ -37,26 +37,30 @@ def evaluate(arguments: list[str]) -> int:
         help="of a paper, by name: list, passes, CRF, convention; other options change it",
     )
     parser.add_argument("--list_protocols", action="store_true", help="show them and stop")
-    parser.add_argument("--weights", type=str, default="last", help="last | best | a weights file")
-    parser.add_argument("--scales", type=list[float] | None, default=None, help="[0.5,1.0]")
-    parser.add_argument("--flip", type=bool | None, default=None)
-    parser.add_argument("--background", type=float | None, default=None)
-    parser.add_argument("--base_long", type=int | None, default=None)
+    parser.add_argument(
+        "--weights", type=str | None, default=None, help="last | best | a weights file [last]"
+    )
+    parser.add_argument(
+        "--scales", type=list[float] | None, default=None, help="sizes of the passes: [0.5,1.0]"
+    )
+    parser.add_argument("--flip", type=bool | None, default=None, help="mirrored passes as well")
+    parser.add_argument(
+        "--background", type=float | None, default=None, help="constant score of the background"
+    )
+    parser.add_argument(
+        "--base_long", type=int | None, default=None, help="long side before scaling, in pixels"
+    )
     parser.add_argument(
         "--crf", type=str | None, default=None, help="preset of a dense CRF on the scores, or none"
     )
     parser.add_argument("--device", type=str | None, default=None, help="auto | cpu | cuda | ...")
-    parser.add_argument(
-        "--loader", type=str | None, default=None, help="what decodes images: auto | torch | dali"
-    )
-    parser.add_argument(
-        "--workers", type=int | None, default=None, help="threads that read, and that score"
-    )
+    add_inputs(parser)
     parser.add_argument(
         "--out",
         type=str | None,
         default=None,
-        help="where the figures go [the run's folder; RUN/evaluate-N if anything was changed]",
+        help="where the figures go [the run's folder; RUN/evaluate-N if anything was changed; of "
+        "--masks: nowhere]",
     )
     parser.add_argument("--masks", type=str | None, default=None, help="folder of mask PNGs")
     parser.add_argument("--dataset", type=str | None, default=None, help="of --masks [voc]")
@@ -70,7 +74,10 @@ def evaluate(arguments: list[str]) -> int:
         "voc | voc-devkit | rtc | toco | toco-pseudo | irn | pamr | mmseg | torchmetrics",
     )
     parser.add_argument(
-        "--unsure", type=Literal["wrong", "ignored"] | None, default=None, help="255 in --masks"
+        "--unsure",
+        type=Literal["wrong", "ignored"] | None,
+        default=None,
+        help="255 in --masks: wrong | ignored [as the convention has it]",
     )
     options = parser.parse_args(arguments)
     if options.list_protocols:
@@ -86,11 +93,11 @@ def evaluate(arguments: list[str]) -> int:
 
     named = None if options.protocol is None else get_protocol(options.protocol)
     from wsis.engine import distributed
-    from wsis.evaluate.run import evaluate_masks, evaluate_run
+    from wsis.evaluate.run import check_segments, evaluate_masks, evaluate_run
 
     only_masks, only_run = (
         ("dataset", "unsure"),
-        ("scales", "flip", "background", "base_long", "crf", "loader"),
+        ("scales", "flip", "background", "base_long", "crf", "loader", "weights", "device"),
     )
     for name in only_masks if options.masks is None else only_run:
         if getattr(options, name) is not None:
@@ -107,6 +114,7 @@ def evaluate(arguments: list[str]) -> int:
                 unsure=options.unsure,
                 workers=2 if options.workers is None else options.workers,
                 protocol=named.name if named else "",
+                out=None if options.out is None else Path(options.out),
             )
             if distributed.is_main():
                 print(text)
@@ -115,6 +123,8 @@ def evaluate(arguments: list[str]) -> int:
     config = load_config(folder / "config.yaml")
     stored = config.as_dict()
     check_crf(options.crf)
+    if config.model.decoder == "object" and (named is not None or options.crf is not None):
+        check_segments(config)
     if named is not None:
         configure(config.predict, named.name)
         config.data.val_split = named.split
@@ -124,12 +134,11 @@ def evaluate(arguments: list[str]) -> int:
     if options.background is not None:
         config.predict.background_power = None  # a constant is what was asked for
     config.data.val_split = options.split or config.data.val_split
-    changed = config.as_dict() != stored or options.weights != "last" or named is not None
+    weights = options.weights or "last"
+    changed = config.as_dict() != stored or weights != "last" or named is not None
     config.data.root = options.root or config.data.root
     config.device = options.device or config.device
-    config.data.loader = options.loader or config.data.loader
-    if options.workers is not None:
-        config.data.workers = options.workers
+    set_inputs(config.data, options)
     choice = "given to wsis evaluate, after training" if options.background is not None else ""
     with distributed.session(config.device):
         if options.out:
@@ -142,7 +151,7 @@ def evaluate(arguments: list[str]) -> int:
         text = evaluate_run(
             config,
             folder,
-            weights=options.weights,
+            weights=weights,
             out=out,
             background_choice=choice,
             protocol=named.name if named else "",

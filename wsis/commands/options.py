@@ -5,16 +5,26 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+from argparse import SUPPRESS
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from wsis.errors import InputError, MissingExtraError
 
+if TYPE_CHECKING:
+    from wsis.config import DataConfig
 
-def make_parser(command: str, description: str) -> Any:
-    """A jsonargparse parser whose errors are InputErrors with a suggestion."""
+
+def make_parser(command: str, description: str, *, types: bool = False) -> Any:
+    """A jsonargparse parser whose errors are InputErrors with a suggestion.
+
+    Args:
+        command: its name, for the messages.
+        description: for the head of its help.
+        types: whether the help shows the type of every option.
+    """
     try:
-        from jsonargparse import ArgumentParser
+        from jsonargparse import ArgumentParser, DefaultHelpFormatter
     except ImportError as error:
         raise MissingExtraError("jsonargparse", "train", f"wsis {command}") from error
 
@@ -26,7 +36,43 @@ def make_parser(command: str, description: str) -> Any:
             hint = suggestion(unknown[1], known) if unknown else ""
             raise InputError(f"{text}{hint}; see wsis {command} --help")
 
-    return Parser(prog=f"wsis {command}", description=description)
+    class Help(DefaultHelpFormatter):
+        def _get_help_string(self, action: Any) -> str:
+            text = action.help or ""
+            if not action.option_strings or action.default in (None, False, SUPPRESS):
+                return text
+            return f"{text} [%(default)s]".lstrip()
+
+    form = DefaultHelpFormatter if types else Help
+    return Parser(prog=f"wsis {command}", description=description, formatter_class=form)
+
+
+def add_inputs(parser: Any) -> None:
+    """``--loader`` and ``--workers`` of a command that shows images to a network."""
+    parser.add_argument(
+        "--loader",
+        type=str | None,
+        default=None,
+        help="what decodes images: auto | torch | dali [the run's]",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int | None,
+        default=None,
+        help="threads that read, and as many that work on what the network says [the run's]",
+    )
+
+
+def set_inputs(data: DataConfig, options: Any) -> None:
+    """What `add_inputs` was given, into a run's configuration.
+
+    Raises:
+        InputError: a negative number of threads.
+    """
+    if options.workers is not None and options.workers < 0:
+        raise InputError(f"--workers must be 0 or more, got {options.workers}")
+    data.loader = options.loader or data.loader
+    data.workers = data.workers if options.workers is None else options.workers
 
 
 def suggestion(word: str, known: Any) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from wsis.commands.evaluate import check_crf, check_protocol
-from wsis.commands.options import make_parser
+from wsis.commands.options import add_inputs, make_parser, set_inputs
 from wsis.commands.train import load_config
 from wsis.errors import InputError
 
@@ -40,6 +40,7 @@ def predict(arguments: list[str]) -> int:
         "--crf", type=str | None, default=None, help="preset of a dense CRF on the scores, or none"
     )
     parser.add_argument("--device", type=str | None, default=None, help="auto | cpu | cuda | ...")
+    add_inputs(parser)
     options = parser.parse_args(arguments)
     if (options.images is None) == (options.pseudo is None):
         raise InputError("give either images or --pseudo; see wsis predict --help")
@@ -56,6 +57,7 @@ def predict(arguments: list[str]) -> int:
         configure(config.predict, options.protocol)
     config.predict.crf = options.crf or config.predict.crf
     config.device = options.device or config.device
+    set_inputs(config.data, options)
     if options.pseudo is not None:
         config.data.root = options.root or config.data.root
         config.data.train_split = options.split or config.data.train_split
@@ -64,7 +66,7 @@ def predict(arguments: list[str]) -> int:
             folder,
             Path(options.out),
             source=options.pseudo,
-            crf=options.crf or "none",
+            crf=config.predict.crf if options.crf or options.protocol else "none",
             weights=options.weights,
         )
         print(f"{written} pseudo masks written to {options.out}, {kept} were there")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wsis.commands.evaluate import check_crf, check_protocol
-from wsis.commands.options import make_parser
+from wsis.commands.options import add_inputs, make_parser, set_inputs
 from wsis.commands.train import load_config
 from wsis.errors import InputError
 
@@ -38,6 +38,7 @@ def submit(arguments: list[str]) -> int:
         "--crf", type=str | None, default=None, help="preset of a dense CRF on the scores, or none"
     )
     parser.add_argument("--device", type=str | None, default=None, help="auto | cpu | cuda | ...")
+    add_inputs(parser)
     parser.add_argument("--out", type=str, default="submission", help="where all of it goes")
     options = parser.parse_args(arguments)
     if (options.run is None) == (options.masks is None):
@@ -90,6 +91,7 @@ def submit(arguments: list[str]) -> int:
         config = load_config(Path(options.run) / "config.yaml")
         config.data.root = options.root or config.data.root
         config.device = options.device or config.device
+        set_inputs(config.data, options)
         if options.protocol is not None:
             configure(config.predict, options.protocol)
         config.predict.crf = options.crf or config.predict.crf

@@ -29,7 +29,8 @@ def _train_parser(defaults: TrainConfig) -> Any:
     from wsis.config import TrainConfig
     from wsis.recipes import RECIPES
 
-    parser = make_parser("train", "Learn pixel masks from image-level labels, evaluate, report.")
+    about = "Learn pixel masks from image-level labels, evaluate, report."
+    parser = make_parser("train", about, types=True)
     parser.add_argument("--config", action="config", help="YAML file with any of these keys")
     parser.add_argument(
         "--recipe",
@@ -73,7 +74,10 @@ def load_config(path: Path) -> TrainConfig:
     if not path.is_file():
         raise InputError(f"{path.parent} is not a run folder: it has no {path.name}")
     parser = _train_parser(TrainConfig())
-    return _train_config(parser.parse_args(["--config", str(path)]), parser)
+    try:
+        return _train_config(parser.parse_args(["--config", str(path)]), parser)
+    except InputError as error:
+        raise InputError(f"{path}: {str(error).removesuffix('; see wsis train --help')}") from None
 
 
 def _option(arguments: list[str], name: str, default: str) -> str:

@@ -47,7 +47,7 @@ class Scaling:
         base_long: long side, in pixels, to which an image is first resized; None keeps its size.
 
     Raises:
-        InputError: no scale, or one that is not positive.
+        InputError: no scale, one that is not positive, or a long side below 1.
     """
 
     scales: tuple[float, ...]
@@ -58,6 +58,8 @@ class Scaling:
     def __post_init__(self) -> None:
         if not self.scales or min(self.scales) <= 0:
             raise InputError(f"scales must be positive numbers, got {list(self.scales)}")
+        if self.base_long is not None and self.base_long < 1:
+            raise InputError(f"base_long must be at least 1 pixel, got {self.base_long}")
 
     def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Height and width of each view: ``int(side * scale)``, at least 1 (ChunyanWang1/RTC)."""

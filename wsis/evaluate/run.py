@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from wsis.config import TrainConfig
-from wsis.data.dataset import Dataset, open_dataset, read_image
+from wsis.data.dataset import Dataset, open_dataset, read_image, read_json
 from wsis.data.localization import read_truth
 from wsis.engine import distributed
 from wsis.engine.build import build_model, open_split
@@ -175,16 +175,21 @@ def evaluate_masks(
     unsure: Literal["wrong", "ignored"] | None = None,
     workers: int = 2,
     protocol: str = "",
+    out: Path | None = None,
 ) -> str:
     """Score a folder of mask PNGs, whoever wrote them; returns the table as text.
 
     `unsure` says what a stored 255 means; None leaves it to the convention. `protocol` is the name
-    of the one whose list and convention were asked for.
+    of the one whose list and convention were asked for. `metrics.json` is written into `out`, where
+    it is given.
     """
     truth = open_dataset(dataset, root, split)
     result = evaluate_folder(
         masks, truth, convention=convention, unsure=unsure, name=protocol, workers=workers
     )
+    if out is not None and distributed.is_main():
+        out.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(out / "metrics.json", result)
     table = format_table(truth.classes, result["scores"])
     return f"{table}\nprotocol: {result['protocol']['line']}"
 
@@ -324,7 +329,10 @@ def read_about(folder: Path) -> dict[str, Any]:
     path = folder / "about.json"
     if not path.is_file():
         raise InputError(f"{folder} is not a run folder: it has no {path.name}")
-    return json.loads(path.read_text())
+    about = read_json(path)
+    if not isinstance(about, dict) or not {"versions", "train", "val"} <= about.keys():
+        raise InputError(f"{path}: expected what training writes there; take it from a copy")
+    return about
 
 
 def checkpoint_words(weights: str) -> str:

@@ -181,6 +181,14 @@ def test_a_mat_bomb_is_refused():
         read_sbd(bomb, "cls/x.mat")
     with pytest.raises(InputError):
         read_sbd(mat(half(1))[:-20], "cls/x.mat")
+    # The parts of a file together; and one whose mark scipy takes for the other byte order.
+    head, part = bomb[:128], mat(np.zeros((2100, 2100), np.uint8))[128:]
+    with pytest.raises(InputError, match="unpacks to more than"):
+        read_sbd(head + 4 * part, "cls/x.mat")
+    size = len(bomb) - 136
+    other = head[:124] + b"\1\0XX" + (15).to_bytes(4, "big") + size.to_bytes(4, "big") + bomb[136:]
+    with pytest.raises(InputError, match="unpacks to more than"):
+        read_sbd(other, "cls/x.mat")
 
 
 def test_sbd_needs_scipy(monkeypatch):

@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -68,9 +69,11 @@ def prepare_sbd(source: Path, out: Path | None = None, *, partial: bool = False)
     return record
 
 
-def _write_masks(source: Path, base: Path, known: set[str]) -> tuple[list[str], int]:
+def _write_masks(source: Path, base: Path, known: set[str]) -> tuple[set[str], int]:
     """Masks of the images that are not `known`; returns SBD's ids, and how many were replaced."""
-    ids, listed, replaced = [], set(), 0
+    ids: set[str] = set()
+    listed: set[str] = set()
+    replaced = 0
     for name, data in _files(source):
         match = _WANTED.fullmatch(name)
         assert match is not None
@@ -78,7 +81,9 @@ def _write_masks(source: Path, base: Path, known: set[str]) -> tuple[list[str], 
         if image is None:
             listed |= set(data.decode("utf-8", "replace").split())
             continue
-        ids.append(image)
+        if image in ids:
+            raise InputError(f"{source / ARCHIVE}: refused, it holds '{name}' twice")
+        ids.add(image)
         if image in known:
             continue
         mask = read_sbd(data, name)
@@ -89,7 +94,7 @@ def _write_masks(source: Path, base: Path, known: set[str]) -> tuple[list[str], 
                 f"{mask.shape}"
             )
         replaced += _put(base / "SegmentationClassAug" / f"{image}.png", mask)
-    absent = sorted(listed - set(ids))
+    absent = sorted(listed - ids)
     if absent:
         raise InputError(
             f"{source}: {len(absent)} of SBD's {len(listed)} listed images have no cls/*.mat, the "
@@ -162,16 +167,18 @@ def read_sbd(data: bytes, name: str) -> np.ndarray:
 
 def _refuse_bomb(data: bytes, name: str) -> None:
     """Follow the elements of a MATLAB 5 file and unpack the compressed ones, up to the limit."""
-    order = "big" if data[126:128] == b"MI" else "little"
-    at = 128
+    # As scipy decides it: else the elements seen here would not be those it reads.
+    order: Literal["little", "big"] = "little" if data[126:128] == b"IM" else "big"
+    at, left = 128, _MAT_LIMIT
     while at + 8 <= len(data):
-        kind = int.from_bytes(data[at : at + 4], order)  # type: ignore[arg-type]
-        size = int.from_bytes(data[at + 4 : at + 8], order)  # type: ignore[arg-type]
+        kind = int.from_bytes(data[at : at + 4], order)
+        size = int.from_bytes(data[at + 4 : at + 8], order)
         if kind == _COMPRESSED:
             try:
-                opened = zlib.decompressobj().decompress(data[at + 8 : at + 8 + size], _MAT_LIMIT)
+                opened = zlib.decompressobj().decompress(data[at + 8 : at + 8 + size], left)
             except zlib.error as error:
                 raise InputError(f"{name}: damaged ({error})") from None
-            if len(opened) >= _MAT_LIMIT:
+            left -= len(opened)
+            if left <= 0:
                 raise InputError(f"{name}: refused, it unpacks to more than {_MAT_LIMIT} bytes")
         at += 8 + size

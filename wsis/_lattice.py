@@ -87,6 +87,7 @@ def build(
     height, width = (1, points) if size is None else size
     if height * width != points:
         raise InputError(f"features must be of H * W = {height * width} points, got {points}")
+    images: list[tuple[Any, ...]]
     images = [(features[b], False, [1.0] * dims, []) for b in range(batch)]
     return _build(images, dims, height, width, empty, threads)
 
@@ -116,24 +117,24 @@ def build_image(
         InputError: shapes, widths or values that do not fit, over too wide a range included.
     """
     height, width = size
-    spatial = list(spatial or ())
-    for name, values in (("spatial widths", spatial), ("channel widths", list(widths))):
+    spread = list(spatial or ())
+    for name, values in (("spatial widths", spread), ("channel widths", list(widths))):
         if not all(0 < value < float("inf") for value in values):
             raise InputError(f"{name} must be positive and finite, got {values}")
-    dims = len(spatial) + len(widths)
+    dims = len(spread) + len(widths)
     if not 1 <= dims <= MOST_DIMS:
         raise InputError(f"there must be 1 to 32 features, got {dims}")
     if image is None:
         if widths:
             raise InputError(f"channel widths must come with an image, got {list(widths)} alone")
-        return _build([(None, False, [], spatial)], dims, height, width, empty, threads)
+        return _build([(None, False, [], spread)], dims, height, width, empty, threads)
     plane = (height, width, len(widths)) if channels_last else (len(widths), height, width)
     if tuple(image.shape[1:]) != plane:
         raise InputError(
             f"image must be [B, {', '.join(map(str, plane))}], got {list(image.shape)}"
         )
     flat = (height * width, len(widths)) if channels_last else (len(widths), height * width)
-    images = [(one.reshape(flat), channels_last, list(widths), spatial) for one in image]
+    images = [(one.reshape(flat), channels_last, list(widths), spread) for one in image]
     return _build(images, dims, height, width, empty, threads)
 
 

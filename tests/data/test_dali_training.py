@@ -14,7 +14,8 @@ if "dali" not in os.environ.get("WSIS_REQUIRE", "").split(","):
 
 from tests.run.conftest import TINY, write_tree
 from wsis.commands.train import load_config
-from wsis.engine.trainer import Trainer, identity
+from wsis.engine.about import identity
+from wsis.engine.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import yaml
 from tests.run.conftest import TINY, run, write_tree
 from wsis.cli import main
 from wsis.commands.train import load_config
-from wsis.engine.trainer import Trainer, identity
+from wsis.engine.about import identity
+from wsis.engine.trainer import Trainer
 
 
 @pytest.fixture
@@ -39,6 +40,11 @@ def test_skip_trains_evaluates_and_says_what_is_missing(damaged, tmp_path, capsy
     assert len((out / "log.jsonl").read_text().splitlines()) == 9  # 3 epochs of 12 / 4 steps
     # The CAMs of the training images are scored too: of those that can be read.
     assert json.loads((out / "metrics.json").read_text())["cams"]["cam"]["best_miou"] > 0
+    # And pseudo masks are made of those.
+    masks = tmp_path / "masks"
+    assert main(["predict", str(out), "--pseudo", "--out", str(masks)]) == 0
+    names = {path.stem for path in masks.glob("*.png")}
+    assert len(names) == 12 and not names & {"train_003", "train_009"}
 
 
 def test_a_killed_run_resumes_with_its_list(damaged, tmp_path, monkeypatch):
@@ -69,6 +75,8 @@ def test_identity_follows_the_images_that_are_left(damaged, tmp_path):
     assert len(trainer.train_set) == 12
     assert trainer.identity == identity(config, trainer.train_set)
     assert trainer.identity != identity(config, trainer.train_set.base)
+    config.data.labels = "elsewhere.json"  # what it holds is in the fingerprint
+    assert trainer.identity == identity(config, trainer.train_set)
 
 
 def test_a_run_with_a_cache_is_the_run_without(damaged, tmp_path):

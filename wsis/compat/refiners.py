@@ -199,7 +199,11 @@ def _at_least_float(x: Tensor) -> Tensor:
 
 
 def _refine(
-    kind: str, image: Tensor, masks: Tensor, iterations: int, dilations: Sequence[int]
+    kind: Literal["pamr", "par", "varm"],
+    image: Tensor,
+    masks: Tensor,
+    iterations: int,
+    dilations: Sequence[int],
 ) -> Tensor:
     """Refines; as in the originals, one image serves all masks, and one set of masks all images."""
     batch, dtype = max(len(image), len(masks)), masks.dtype

@@ -101,7 +101,10 @@ def _key(dataset: Dataset) -> str:
     for i in range(len(dataset)):
         path = dataset.image_path(i)
         assert path is not None
-        state = path.stat()
+        try:
+            state = path.stat()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
         digest.update(json.dumps([str(path), state.st_size, state.st_mtime_ns]).encode())
     return digest.hexdigest()[:24]
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import Any, TypeAlias
 
+_Handler: TypeAlias = "Callable[[int, FrameType | None], Any] | int | signal.Handlers | None"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NOTICE = b"\nsaving, then stopping; once more to stop at once\n"
 
@@ -32,7 +35,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self.signum: int | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, _Handler] = {}
         self._pid = 0
 
     def __enter__(self) -> StopRequest:

@@ -8,8 +8,12 @@ import os
 import signal
 import socket
 import sys
+from typing import TYPE_CHECKING
 
 from wsis.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 _PR_SET_PDEATHSIG = 1  # of prctl.h
 
@@ -54,9 +58,9 @@ def launch(arguments: list[str], processes: int) -> int:
     return 0
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: ChildFailedError) -> str:
     """Which process failed and how, without torchrun's table."""
-    rank, failure = error.get_first_failure()  # type: ignore[attr-defined]
+    rank, failure = error.get_first_failure()
     code = failure.exitcode
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     return f"process {rank} {how}; the others were ended"

@@ -39,7 +39,7 @@ def write_error(path: Path, error: Exception, needed: int) -> InputError:
     folder = next(parent for parent in (path, *path.parents) if parent.is_dir())
     free = shutil.disk_usage(folder).free
     reason = getattr(error, "strerror", None) or str(error)
-    cures = {
+    cures: dict[int | None, str] = {
         errno.EACCES: "make the folder writable",
         errno.EPERM: "make the folder writable",
         errno.EROFS: "choose a folder on a writable disk",

@@ -5,8 +5,8 @@ The learning rate is a function of the step alone, so that a resumed run needs n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from wsis.errors import InputError
 from wsis.ops.norms import as_float
 
 ADAMW_BETAS = (0.9, 0.999)
+Tensors: TypeAlias = "tuple[Tensor, ...] | list[Tensor]"
 
 
 class GroupedModel(Protocol):
@@ -170,7 +171,7 @@ def finite_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> T
     return norm
 
 
-def corrected_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], None]:
+def corrected_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
     """Exponential moving average without a bias to the first weights, for torch's AveragedModel.
 
     After t updates it is ``sum_i d^(t-i) w_i / sum_i d^(t-i)``: the correction of Adam (Kingma and
@@ -191,7 +192,7 @@ def corrected_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tens
     """
 
     @torch.no_grad()
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor) -> None:
+    def update(averaged: Tensors, current: Tensors, updates: Tensor | int) -> None:
         # AveragedModel counts on the CPU, where reading waits for nothing.
         share = (1 - decay) / (1 - decay ** (int(updates) + 1))
         for mean, value in zip(averaged, current, strict=True):

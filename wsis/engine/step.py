@@ -77,7 +77,7 @@ def weak_losses(
     Returns:
         Named scalars with `total`.
     """
-    size = batch.image.shape[-2:]
+    height, width = batch.image.shape[-2:]
     view2 = second_view(batch.image, view2_size, flip=view2_flip)
     classes = None
     if weights.classification == "single":
@@ -96,7 +96,7 @@ def weak_losses(
         first,
         second,
         batch.label,
-        image_size=tuple(size),
+        image_size=(height, width),
         view2_size=view2_size,
         weights=weights,
         pseudo_masks=masks,
@@ -115,10 +115,11 @@ def mirrored(maps: Maps) -> Maps:
 def pseudo_masks(model: Network, batch: Batch, maps: Maps, pseudo: PseudoConfig) -> Tensor:
     """Online pseudo masks `[B, H, W] int64` (0..K, 255) of view 1."""
     like = (batch.image.dtype, batch.image.device)
+    height, width = batch.image.shape[-2:]
     mean = _per_channel(tuple(model.backbone.mean), *like)
     std = _per_channel(tuple(model.backbone.std), *like)
     return make_pseudo_masks(
-        refined_or_cam_scores(maps, batch.label, tuple(batch.image.shape[-2:])),
+        refined_or_cam_scores(maps, batch.label, (height, width)),
         batch.image * std + mean,
         batch.label,
         batch.valid_box,

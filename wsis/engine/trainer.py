@@ -7,8 +7,6 @@ state, and a run that was killed at any moment ends bit-identical to an undistur
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -17,20 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from wsis.config import TrainConfig
-from wsis.data.cache import CachedDataset
-from wsis.data.dataset import Dataset
 from wsis.data.loader import make_loader
 from wsis.data.memory import keep_freed_memory
-from wsis.data.pseudo_masks import PseudoMasked
-from wsis.data.subset import Subset
 from wsis.engine import distributed
-from wsis.engine.build import build_model, open_split
+from wsis.engine.about import describe, identity, processes_before
+from wsis.engine.build import build_model, open_split, open_training_set
 from wsis.engine.check import batch_rule, check
 from wsis.engine.checkpoint import (
     CheckpointStore,
@@ -40,11 +34,9 @@ from wsis.engine.checkpoint import (
 )
 from wsis.engine.device import pick_device
 from wsis.engine.interrupt import StopRequest
-from wsis.engine.logs import RunLog, versions, write_json_atomic, write_text_atomic
+from wsis.engine.logs import RunLog
 from wsis.engine.meters import RunningMean
 from wsis.engine.optim import corrected_average, finite_norm, make_optimizer, poly_factor, set_lr
-from wsis.engine.quarantine import about as quarantine_of
-from wsis.engine.quarantine import quarantine
 from wsis.engine.step import Siamese, Supervised, mask_losses, weak_losses
 from wsis.engine.validate import classification_scores
 from wsis.errors import InputError
@@ -74,22 +66,6 @@ class TrainResult:
     seconds: float
 
 
-def identity(config: TrainConfig, dataset: Dataset) -> str:
-    """Hash of everything that a checkpoint depends on; a resumed run must have the same.
-
-    Device, loader and compiler are not in it: they change no more than rounding. Images that
-    were left out change the fingerprint, and so do the values of pseudo masks.
-    """
-    relevant = config.as_dict()
-    for free in ("threads", "device", "report_images", "quality_images", "predict", "save_every"):
-        relevant.pop(free)
-    for free in ("workers", "root", "loader", "on_error", "masks", "cache", "cache_gb"):
-        relevant["data"].pop(free)
-    relevant["optim"].pop("compile")
-    relevant["fingerprint"] = dataset.fingerprint()
-    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
-
-
 class Trainer:
     """One training run in one folder.
 
@@ -113,42 +89,14 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.one_label = config.loss.classification == "single"
-        self.train_set = open_split(config.data, config.data.train_split, one_label=self.one_label)
+        self.train_set = open_training_set(config, self.folder, resume=resume)
         self.val_set = open_split(config.data, config.data.val_split, one_label=self.one_label)
-        if self.one_label and isinstance(self.train_set, Subset) and distributed.is_main():
-            kept, every = len(self.train_set), len(self.train_set.base)
-            print(f"{kept} of {every} training images have exactly one label; others are left out")
-        if config.supervision == "masks":
-            bare = [k for k in range(len(self.train_set)) if not self.train_set.has_mask(k)]
-            if bare:
-                raise InputError(
-                    f"--supervision masks needs a mask for every image, but {len(bare)} of "
-                    f"'{self.train_set.split}' in {self.train_set.root} have none, the first is "
-                    f"{self.train_set.ids[bare[0]]}; train with --supervision labels"
-                )
-        if config.data.on_error == "skip":
-            self.train_set = quarantine(
-                self.train_set,
-                self.folder,
-                masks=config.supervision == "masks",
-                threads=config.data.workers,
-                resume=resume,
-            )
-        if config.supervision == "pseudo" and config.data.masks is not None:
-            self.train_set = PseudoMasked(self.train_set, config.data.masks)
-        if config.data.cache is not None:
-            self.train_set = CachedDataset(
-                self.train_set,
-                Path(config.data.cache).expanduser(),
-                limit_gb=config.data.cache_gb,
-                progress=distributed.is_main(),
-            )
 
         torch.manual_seed(config.seed)
         self.model = build_model(
             config.model, len(self.train_set.classes), supervision=config.supervision
         )
-        self.model.to(self.device, memory_format=torch.channels_last)
+        self.model.to(self.device).to(memory_format=torch.channels_last)
         wrapper = Siamese if config.supervision == "labels" else Supervised
         network = wrapper(self.model)
         if config.optim.compile:
@@ -207,48 +155,18 @@ class Trainer:
             self._restore(latest)
         if self.log is not None:
             self.log.rewind(self.step)
-            before = self._processes_before() if self.step else None
+            before = processes_before(self.folder) if self.step else None
             if (line := batch_rule(config, distributed.world_size(), before)) is not None:
                 print(line, flush=True)
-            self._describe()
+            describe(
+                config,
+                self.folder,
+                train=self.train_set,
+                val=self.val_set,
+                about={"device": str(self.device), "loader": self.loader.kind},
+            )
 
     # -- state ---------------------------------------------------------------------------------
-
-    def _processes_before(self) -> int | None:
-        """How many processes trained the run that is resumed, where it says so."""
-        try:
-            return json.loads((self.folder / "about.json").read_text())["world_size"]
-        except (OSError, ValueError, KeyError):
-            return None
-
-    def _describe(self) -> None:
-        """Store what a reader of the folder needs: configuration, versions, data fingerprint."""
-        text = yaml.safe_dump(json.loads(json.dumps(self.config.as_dict())), sort_keys=False)
-        write_text_atomic(self.folder / "config.yaml", text)
-        about = {
-            "versions": versions(),
-            "identity": self.identity,
-            "train": self._about(self.train_set),
-            "val": self._about(self.val_set),
-            "world_size": distributed.world_size(),
-            "device": str(self.device),
-            "loader": self.loader.kind,
-            "on_error": self.config.data.on_error,
-        }
-        if self.config.data.on_error == "skip":
-            about["quarantine"] = quarantine_of(self.folder)
-        write_json_atomic(self.folder / "about.json", about)
-
-    @staticmethod
-    def _about(dataset: Dataset) -> dict:
-        return {
-            "name": dataset.name,
-            "split": dataset.split,
-            "images": len(dataset),
-            "classes": list(dataset.classes),
-            "mask_ids": list(dataset.mask_ids),
-            "fingerprint": dataset.fingerprint(),
-        }
 
     def _save(self, *, pin: str | None = None) -> None:
         if self.log is None:
@@ -389,7 +307,11 @@ class Trainer:
 
     def evaluated_model(self) -> Network:
         """The network whose weights are the result: the moving average where there is one."""
-        return self.model if self.ema is None else self.ema.module
+        if self.ema is None:
+            return self.model
+        average = self.ema.module
+        assert isinstance(average, Network)
+        return average
 
     # -- loop ----------------------------------------------------------------------------------
 

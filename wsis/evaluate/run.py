@@ -90,7 +90,7 @@ def load_model(config: TrainConfig, folder: Path, classes: int, weights: str = "
     config.model.weights = "none"
     model = build_model(config.model, classes, supervision=config.supervision)
     load_state(model, state, str(path))
-    return model.to(pick_device(config.device), memory_format=torch.channels_last).eval()
+    return model.to(pick_device(config.device)).to(memory_format=torch.channels_last).eval()
 
 
 def evaluate_run(
@@ -270,6 +270,8 @@ def make_pseudo_masks(
     if config.threads:
         torch.set_num_threads(config.threads)
     dataset = open_split(config.data, config.data.train_split)
+    if config.data.on_error == "skip":
+        dataset = without_quarantined(dataset, folder)
     return export_pseudo_masks(
         load_model(config, folder, len(dataset.classes), weights),
         dataset,

@@ -142,12 +142,12 @@ def rtc_losses(
     with torch.autocast(label.device.type, enabled=False):
         label = label.float()
         counts = equivariance.count_classes(label) if counts is None else counts
-        grid = (view2_size, view2_size) if isinstance(view2_size, int) else tuple(view2_size)
+        grid = (view2_size, view2_size) if isinstance(view2_size, int) else view2_size
         views = (view1, view2)
         classify = CLASSIFICATION[weights.classification]
         terms = {"cls": _mean([classify(as_float(v.class_logits), label) for v in views])}
         chosen = label if classes is None else label[:, classes]
-        sizes = (tuple(image_size), grid)
+        sizes = ((image_size[0], image_size[1]), grid)
         terms |= _map_terms(views, chosen, label.shape[1], sizes, weights, counts)
         if pseudo_masks is not None and weights.seg:
             if view1.logits is None:
@@ -192,7 +192,7 @@ def _map_terms(
     for view, size in zip(views, sizes, strict=True):
         up = resize(equivariance.take_channels(as_float(view.cams), index), size)
         cams.append(equivariance.on_common_grid(up, present, grid))
-    terms = {"er": equivariance.equivariance(*cams, classes)}
+    terms = {"er": equivariance.equivariance(cams[0], cams[1], classes)}
     if views[0].refined is None:
         return terms
 
@@ -200,6 +200,7 @@ def _map_terms(
     present_all = torch.cat([torch.ones_like(present[:, :1]), present], dim=1)
     weakest, refined = [], []
     for view, size in zip(views, sizes, strict=True):
+        assert view.refined is not None  # both views have one, or none
         up = equivariance.take_channels(as_float(view.refined), with_background)
         up = resize(up, size)
         weakest.append(min_pooling(up[:, 1:], present, weights.min_pool_fraction))
@@ -233,6 +234,7 @@ def _contrast_terms(
     for view in views:
         features.append(contrast.batch_positions(resize(as_float(view.features), (height, width))))
         pools.append(gather(features[-1]))
+        assert view.refined is not None
         with torch.no_grad():
             refined = resize(as_float(view.refined), (height, width))
             scores.append(ctr_scores(refined, weights.ctr_background, weights.clamp_scores))

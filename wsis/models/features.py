@@ -68,10 +68,11 @@ def fused_conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
         conv: convolution without bias.
         norm: BatchNorm over its output channels.
     """
-    if norm.training or norm.weight.requires_grad:
+    mean, variance = norm.running_mean, norm.running_var
+    if norm.training or norm.weight.requires_grad or mean is None or variance is None:
         return norm(conv(x))
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = norm.bias - norm.running_mean * scale
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    shift = norm.bias - mean * scale
     kernel = conv.weight * scale.view(-1, 1, 1, 1)
     on_cpu = x.device.type == "cpu"
     if on_cpu and conv.groups > 1 and conv.dilation[0] > 1 and conv.stride[0] == 1:

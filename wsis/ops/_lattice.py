@@ -236,7 +236,7 @@ def _softmax_backward(q: Tensor, gradient: Tensor) -> Tensor:
 
 def _mean_field_backward(ctx: Any, gradient: Tensor | None, _: Any) -> tuple[Any, ...]:
     # None for every tensor of a list; an empty list of numbers answers for itself.
-    numbers = [None if values else [] for values in ctx.rest[:2]]
+    numbers: list[list[float] | None] = [None if values else [] for values in ctx.rest[:2]]
     rest: Any = [None] * ctx.counts[0], [None] * ctx.counts[1], *numbers, None, None, None
     if gradient is None:
         return None, None, *rest

@@ -57,18 +57,18 @@ def build_image(
     threads: int = 1,
 ) -> Lattice:
     """See `wsis._lattice.build_image`; at most 15 features."""
-    spatial, widths = tuple(spatial or ()), list(widths)
-    for name, values in (("spatial widths", spatial), ("channel widths", widths)):
+    spread, widths = list(spatial or ()), list(widths)
+    for name, values in (("spatial widths", spread), ("channel widths", widths)):
         if not all(0 < value < float("inf") for value in values):
             raise InputError(f"{name} must be positive and finite, got {list(values)}")
-    if not 1 <= len(spatial) + len(widths) <= MOST_DIMS:
+    if not 1 <= len(spread) + len(widths) <= MOST_DIMS:
         raise InputError(
-            f"there must be 1 to {MOST_DIMS} features on CUDA, got {len(spatial) + len(widths)}"
+            f"there must be 1 to {MOST_DIMS} features on CUDA, got {len(spread) + len(widths)}"
         )
     if image is None:
         if widths:
             raise InputError(f"channel widths must come with an image, got {widths} alone")
-        return _build(1, size, empty, None, False, spatial, [])
+        return _build(1, size, empty, None, False, spread, [])
     plane = (*size, len(widths)) if channels_last else (len(widths), *size)
     if tuple(image.shape[1:]) != plane:
         raise InputError(
@@ -77,7 +77,7 @@ def build_image(
     points = size[0] * size[1]
     flat = (points, len(widths)) if channels_last else (len(widths), points)
     image = image.reshape(len(image), *flat)
-    return _build(len(image), size, empty, image, channels_last, spatial, widths)
+    return _build(len(image), size, empty, image, channels_last, spread, widths)
 
 
 def filter(
@@ -347,4 +347,5 @@ def _shared_bytes(device: torch.device) -> int:
     """Shared memory that one block may have."""
     if device.type != "cuda":
         return 48 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks this one
+    return properties.shared_memory_per_block_optin

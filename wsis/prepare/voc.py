@@ -91,7 +91,7 @@ def write_labels(base: Path, splits: list[str]) -> None:
     rows: dict[str, np.ndarray] = {}
     for split in splits:
         data = open_dataset("voc", base, split)
-        rows |= dict(zip(data.ids, data.labels, strict=True))
+        rows |= dict(zip(data.ids, data.labels[:], strict=True))
     ids = sorted(rows)
     encoded = io.BytesIO()
     np.savez(encoded, ids=np.array(ids), labels=np.stack([rows[name] for name in ids]))

@@ -318,7 +318,7 @@ def mean_field(
             [None if t.after is None else t.after[i] for t, i in zip(terms, at, strict=True)],
             [term.mix for term in terms],
             empty((size,), kind),
-            out[b] if probs else None,
+            None if out is None or not probs else out[b],
             best[b] if labels else None,
             height,
             width,

@@ -55,6 +55,8 @@ def _check(arguments: list[str]) -> int:
         raise InputError("give the folder once: as PATH or as --root")
     if options.out is not None and not Path(options.out).parent.is_dir():
         raise InputError(f"--out {options.out}: its folder does not exist")
+    if options.threads is not None and options.threads < 1:
+        raise InputError(f"--threads must be at least 1, got {options.threads}")
     from wsis.data.check import check, format_check
 
     result = check(

@@ -133,6 +133,7 @@ def evaluate(arguments: list[str]) -> int:
             setattr(config.predict, name, tuple(value) if name == "scales" else value)
     if options.background is not None:
         config.predict.background_power = None  # a constant is what was asked for
+    check_predict(config.predict)
     config.data.val_split = options.split or config.data.val_split
     weights = options.weights or "last"
     changed = config.as_dict() != stored or weights != "last" or named is not None
@@ -162,13 +163,15 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def check_predict(predict: PredictConfig) -> None:
-    """What a run says of its inference is known, before it trains for it."""
+    """What a run says of its inference means something, before it trains for it."""
     from wsis.evaluate.conventions import get_convention
     from wsis.offline.fuse import check_fuse
 
     check_crf(predict.crf)
     check_fuse(predict.fuse, gate=predict.gate)
     get_convention(predict.convention)
+    if not 0 <= predict.background <= 1:
+        raise InputError(f"background must be a score in [0, 1], got {predict.background:g}")
 
 
 def check_protocol(name: str | None) -> None:

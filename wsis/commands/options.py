@@ -34,7 +34,7 @@ def make_parser(command: str, description: str, *, types: bool = False) -> Any:
             text = " ".join(str(message).split())
             unknown = re.search(r"(?:arguments: --|Option ')([\w.]+)", text)
             hint = suggestion(unknown[1], known) if unknown else ""
-            raise InputError(f"{text}{hint}; see wsis {command} --help")
+            raise InputError(f"{_plain(text)}{hint}; see wsis {command} --help")
 
     class Help(DefaultHelpFormatter):
         def _get_help_string(self, action: Any) -> str:
@@ -73,6 +73,19 @@ def set_inputs(data: DataConfig, options: Any) -> None:
         raise InputError(f"--workers must be 0 or more, got {options.workers}")
     data.loader = options.loader or data.loader
     data.workers = data.workers if options.workers is None else options.workers
+
+
+def _plain(text: str) -> str:
+    """A value that an option does not take, without the parser's account of its types."""
+    found = re.fullmatch(r'Parser key "([\w.]+)": (.*) (?:Given|Got) value: (.*)', text)
+    if found is None:
+        return text
+    key, account, value = found.groups()
+    account = account.partition("Given value type")[0]
+    words = re.findall(r"Literal\[([^]]*)\]", account)
+    types = [name for name in re.findall(r"<class '(\w+)'>", account) if name != "NoneType"]
+    expected = f"one of {words[0]}" if words else " or ".join(dict.fromkeys(types))
+    return f"{key}: expected {expected}, got {value}" if expected else text
 
 
 def suggestion(word: str, known: Any) -> str:

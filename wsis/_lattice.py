@@ -319,7 +319,7 @@ def mean_field(
             [term.mix for term in terms],
             empty((size,), kind),
             None if out is None or not probs else out[b],
-            best[b] if labels else None,
+            None if best is None else best[b],
             height,
             width,
             iterations,

@@ -109,6 +109,41 @@ def test_anything(size, classes, channels, scale, recompute, gated, seed):
     check_formula(size, classes, channels, scale, recompute, gated, torch.float64, seed)
 
 
+@pytest.mark.parametrize("gated", FORMS)
+def test_half_is_torchs_bilinear_resize(gated):
+    """Even sizes are scaled by a half in another way than others; large ones in several pieces."""
+    probs, guide, roi, labels = make_case((600, 620), 4, torch.float32)
+    rest = {"roi": roi, "labels": labels, "gated": gated}
+    got = with_gradient(probs, guide, sigma_xy=80.0, **rest)
+    flat = probs.contiguous(memory_format=torch.channels_last)
+    expected = with_gradient(flat, guide, sigma_xy=80.0, **rest)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6 * other.abs().max().item())
+
+    whole = probs.clone().requires_grad_()
+    small = F.interpolate(whole, scale_factor=0.5, mode="bilinear", align_corners=False)
+    nearest = {k: v[..., ::2, ::2] for k, v in (("roi", roi), ("labels", labels))}
+    loss = dense_energy_loss(
+        small, guide[..., ::2, ::2], sigma_xy=40.0, scale=1, gated=gated, **nearest
+    )
+    loss.backward()
+    assert got[0].item() == pytest.approx(loss.item(), rel=1e-6)
+    tolerance = 1e-6 * whole.grad.abs().max().item()
+    torch.testing.assert_close(got[1], whole.grad, rtol=1e-6, atol=tolerance)
+
+
+@pytest.mark.parametrize("gated", FORMS)
+def test_crop_may_be_soft(gated):
+    """float32 lets the lattice multiply with crop and gate, float64 does it after the filter."""
+    probs, guide, roi, labels = make_case((12, 10))
+    roi = roi * torch.rand(roi.shape, generator=torch.Generator().manual_seed(1)).double()
+    rest = {"roi": roi, "labels": labels, "gated": gated, "scale": 1}
+    loss, gradient = with_gradient(probs, guide, **rest)
+    single = with_gradient(probs.float(), guide, **rest)
+    assert single[0].item() == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(single[1].double(), gradient, rtol=1e-4, atol=1e-5)
+
+
 def test_filter_is_nearly_gaussian():
     """On a smooth image the lattice has the shape of the Gaussian; its height is about half."""
     probs = make_case((16, 16), classes=2, batch=1)[0]
@@ -223,8 +258,10 @@ def test_upstream_gradient_is_a_factor():
     probs, guide, *_ = make_case()
     _, gradient = with_gradient(probs, guide)
     p = probs.clone().requires_grad_()
-    (-3 * dense_energy_loss(p, guide)).backward()
-    torch.testing.assert_close(p.grad, -3 * gradient)
+    loss = -3 * dense_energy_loss(p, guide)
+    for times in (1, 2):  # what backward keeps is not changed by it
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(p.grad, -3 * times * gradient)
 
 
 # ---- inputs of all kinds -----------------------------------------------------------------------
@@ -321,11 +358,16 @@ def test_empty(shape):
     assert loss == 0 and probs.grad.shape == shape
 
 
-def test_threads_do_not_matter(monkeypatch):
-    probs, guide, roi, labels = make_case((40, 52), 5, torch.float32)
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "classes", "size", "scale"),
+    [(2, 5, (40, 52), 1), (1, 1, (300, 310), 1), (2, 4, (600, 620), 0.5), (1, 2, (203, 401), 0.5)],
+)
+def test_threads_do_not_matter(monkeypatch, batch, classes, size, scale, exact):
+    probs, guide, roi, labels = make_case(size, classes, torch.float32, batch)
 
     def both():
-        rest = {"roi": roi, "labels": labels, "gated": True, "scale": 1}
+        rest = {"roi": roi, "labels": labels, "gated": True, "scale": scale, "exact": exact}
         return with_gradient(probs, guide, **rest)
 
     monkeypatch.setattr(_native, "_TOUCHED_PER_THREAD", 1)

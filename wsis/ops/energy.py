@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsis.errors import InputError
+from wsis.ops._lattice import filter_op
 from wsis.ops.norms import as_float
 from wsis.ops.permutohedral import Lattice, bilateral_lattice, permutohedral_filter
 
@@ -113,16 +114,26 @@ def dense_energy_loss(
         )
     if 0 in probs.shape:
         return _total(probs)
+    resize = _Scale(scale, recompute_scale)
     with torch.no_grad():
-        small = _Scale(scale, recompute_scale)
-        guide = small(guide.detach(), guide_resize).to(probs.device, torch.float32)
-        inside = None if roi is None else small(roi.detach()[:, None]).to(probs)
+        guide = resize(guide.detach(), guide_resize).to(probs.device, torch.float32)
+        inside = None if roi is None else resize(roi.detach()[:, None]).to(probs)
         unlabelled = None
         if gated and labels is not None:
-            unlabelled = small((labels == IGNORE)[:, None]).to(probs.device) > 0
+            ignored = (labels == IGNORE)[:, None].view(torch.uint8)
+            unlabelled = resize(ignored).to(probs.device).view(torch.bool)
         lattice = bilateral_lattice(guide, sigma_xy * scale, widths)
-    segmentation = _Scale(scale, recompute_scale)(probs, "bilinear")
-    return _energy(segmentation, lattice, inside, unlabelled, gated, exact) / len(probs)
+    if exact:
+        return _exact(resize(probs, "bilinear"), lattice, inside, unlabelled, gated) / len(probs)
+    halved = resize.halves(probs)
+    if halved:
+        with torch.no_grad():
+            scaled = _mean_of_four(probs)
+    else:
+        scaled = resize(probs, "bilinear")
+    with torch.no_grad():
+        field = _published(scaled, lattice, inside, unlabelled, gated)
+    return _Parity.apply(probs if halved else scaled, scaled.detach(), field) / len(probs)
 
 
 class _Scale:
@@ -134,6 +145,8 @@ class _Scale:
     def __call__(self, maps: Tensor, mode: str = "nearest") -> Tensor:
         if self.factor == 1:
             return maps
+        if mode == "nearest" and self.halves(maps):
+            return maps[..., ::2, ::2]
         if maps.dtype not in (torch.uint8, torch.float32, torch.float64) or mode == "area":
             maps = as_float(maps)
         if mode == "area":
@@ -147,33 +160,42 @@ class _Scale:
             recompute_scale_factor=self.recompute,
         )
 
+    def halves(self, maps: Tensor) -> bool:
+        """Whether a pixel of the scaled maps is exactly four of theirs."""
+        return self.factor == 0.5 and not any(side % 2 for side in maps.shape[-2:])
 
-def _energy(
-    probs: Tensor,
-    lattice: Lattice,
-    roi: Tensor | None,
-    unlabelled: Tensor | None,
-    gated: bool,
-    exact: bool,
+
+def _exact(
+    probs: Tensor, lattice: Lattice, roi: Tensor | None, unlabelled: Tensor | None, gated: bool
 ) -> Tensor:
     """``-<S, G A S>``, maps at one scale, ``roi`` and ``unlabelled`` ``[B, 1, h, w]``."""
-    if exact:
-        seen = probs if roi is None else probs * roi
-        field = _filter(seen, lattice)
-        return -_total(seen * (field * _gate(probs, roi, unlabelled) if gated else field))
-    with torch.no_grad():
-        field = _filter(probs.detach() if roi is None else probs * roi, lattice)
-        # Maps of one channel first: the field, as large as the probabilities, is passed over once.
-        factor = _gate(probs, roi, unlabelled) if gated else None
-        if roi is not None:
-            factor = roi if factor is None else factor * roi
-        if factor is not None:
-            field *= factor
-    return _Parity.apply(probs, field)
+    seen = probs if roi is None else probs * roi
+    field = _filter(seen, lattice)
+    return -_total(seen * (field * _gate(probs, roi, unlabelled) if gated else field))
 
 
-def _filter(values: Tensor, lattice: Lattice) -> Tensor:
-    return permutohedral_filter(values, lattice=lattice)
+def _published(
+    probs: Tensor, lattice: Lattice, roi: Tensor | None, unlabelled: Tensor | None, gated: bool
+) -> Tensor:
+    """``roi G A S``, ``[B, K, h, w]`` as the probabilities."""
+    factor = _gate(probs, roi, unlabelled) if gated else None
+    if roi is not None:
+        factor = roi if factor is None else factor * roi
+    return _filter(probs, lattice, roi, factor)
+
+
+def _filter(
+    values: Tensor, lattice: Lattice, before: Tensor | None = None, after: Tensor | None = None
+) -> Tensor:
+    """``after * (A (before * values))``, the factors ``[B, 1, h, w]``; gradient to the values.
+
+    Factors of float32 are applied to the weights of the lattice instead: no further pass.
+    """
+    if values.dtype == torch.float32:
+        first, last = (None if x is None else x.flatten(1).contiguous() for x in (before, after))
+        return filter_op(values.flatten(2), lattice, first, last, False).view(values.shape)
+    field = permutohedral_filter(values if before is None else values * before, lattice=lattice)
+    return field if after is None else field * after
 
 
 def _gate(probs: Tensor, roi: Tensor | None, unlabelled: Tensor | None) -> Tensor:
@@ -184,25 +206,89 @@ def _gate(probs: Tensor, roi: Tensor | None, unlabelled: Tensor | None) -> Tenso
 
 
 class _Parity(torch.autograd.Function):
-    """``-<P, roi G A S>`` whose gradient takes ``A`` for symmetric and ``G`` for a constant."""
+    """``-<P, roi G A S>`` whose gradient takes ``A`` for symmetric and ``G`` for a constant.
+
+    ``probs`` are the probabilities that the gradient is for: ``scaled`` itself, or, twice as high
+    and wide, those whose squares of four ``scaled`` is the mean of.
+    """
 
     @staticmethod
-    def forward(ctx: Any, probs: Tensor, field: Tensor) -> Tensor:
+    def forward(ctx: Any, probs: Tensor, scaled: Tensor, field: Tensor) -> Tensor:
         """Keeps the field alone."""
         ctx.save_for_backward(field)
-        return -_total(probs * field)
+        ctx.halved = probs.shape != scaled.shape
+        return -_inner(scaled, field)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """``-2 field``."""
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """``-2 field``, a quarter of it to each of four pixels if halved."""
         (field,) = ctx.saved_tensors
-        return field * (-2 * gradient), None
+        if ctx.halved:
+            return _four_of_each(field, -0.5 * gradient), None, None
+        return field * (-2 * gradient), None, None
+
+
+# Scaling by a half, the published codes' scale: for even sizes the mean of four pixels. torch takes
+# longer for it, and much longer for the adjoint: it clears the result, then adds four times.
+
+
+def _mean_of_four(maps: Tensor) -> Tensor:
+    """``[B, K, 2 h, 2 w] -> [B, K, h, w]``."""
+    if maps.device.type != "cpu" or not maps.is_contiguous():
+        return F.interpolate(maps, scale_factor=0.5, mode="bilinear", align_corners=False)
+    batch, classes, height, width = (*maps.shape[:2], *(side // 2 for side in maps.shape[2:]))
+    rows = maps.view(batch * classes, height, 2, 2 * width)
+    out = rows.new_empty(len(rows), height, width)
+    planes = _planes_at_once(rows)
+    sums = rows.new_empty(planes, height, 2 * width)
+    for some, mean in zip(rows.split(planes), out.split(planes), strict=True):
+        part = torch.add(some[:, :, 0], some[:, :, 1], out=sums[: len(some)]).mul_(0.25)
+        torch.add(part[..., ::2], part[..., 1::2], out=mean)
+    return out.view(batch, classes, height, width)
+
+
+def _four_of_each(maps: Tensor, factor: Tensor) -> Tensor:
+    """``[B, K, h, w] -> [B, K, 2 h, 2 w]``, each value times the factor at its four pixels.
+
+    Two floats beside each other are one complex number, so that rows are written without strides.
+    """
+    batch, classes, height, width = maps.shape
+    flat = maps.flatten(0, 1)
+    pairs = flat.new_empty(len(flat), height, 2, width, dtype=maps.dtype.to_complex())
+    planes = _planes_at_once(flat)
+    products = flat.new_empty(planes, height, width)
+    for some, out in zip(flat.split(planes), pairs.split(planes), strict=True):
+        part = torch.mul(some, factor, out=products[: len(some)])[:, :, None].expand(out.shape)
+        torch.complex(part, part, out=out)
+    return torch.view_as_real(pairs).view(batch, classes, 2 * height, 2 * width)
+
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    """Sum of the products of two ``[B, K, h, w]``, which are never all in memory."""
+    one, other = one.flatten(0, 1), other.flatten(0, 1)
+    planes = _planes_at_once(one)
+    products = other.new_empty(planes, *other.shape[1:])
+    sums = []
+    for some, others in zip(one.split(planes), other.split(planes), strict=True):
+        part = torch.mul(some, others, out=products[: len(some)])
+        sums.append(part.sum(dim=-1).sum(dim=-1))
+    return torch.cat(sums).sum()
+
+
+def _planes_at_once(maps: Tensor) -> int:
+    """How many of some planes ``[n, ...]`` to take together.
+
+    On a CPU as many as stay in its cache, elsewhere a quarter, for the memory.
+    """
+    if maps.device.type != "cpu":
+        return -(-len(maps) // 4)
+    return min(len(maps), max(1, (1 << 18) * torch.get_num_threads() // maps[0].numel()))
 
 
 def _total(maps: Tensor) -> Tensor:
-    """Sum of ``[B, K, h, w]``: planes first, so that torch's threads do not change it."""
-    return maps.sum(dim=(2, 3)).sum(dim=1).sum()
+    """Sum of ``[B, K, h, w]``: rows first, so that torch's threads do not change it."""
+    return maps.sum(dim=-1).sum(dim=-1).sum()
 
 
 # ---- checks ------------------------------------------------------------------------------------

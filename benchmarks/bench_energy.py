@@ -1,16 +1,25 @@
-"""The dense energy loss with all classes in one filter pass, against one class at a time, which is
-how rloss's C++ filter works; and the windowed Gated CRF loss against plain torch.
+"""The dense energy loss against rloss's and against one class at a time; and the windowed Gated
+CRF loss against plain torch.
 
 DenseEnergyLoss, forward and backward, 4 images with 21 classes on a lattice of 224 x 224: from 224
 x 224 at scale 1, and from 448 x 448 at scale 0.5, where resizing the probabilities and their
-gradient (in torch, the same for all) takes most of the time. The peer is this package's own filter,
-one class a pass: the same lattice, built once, the same loss and gradient, which is asserted first,
-and all else shared.
+gradient takes most of the time. All ways must give the same loss and gradient, which is asserted
+first. The peers:
 
-The filter alone is also held against that of the densecrf library (pydensecrf2), one class a pass:
-rloss has the same lattice code, but its own module needs SWIG 4.0. A pass there includes the
-softmax of its one class, and does not give the filtered class away; that the values are the same is
-a golden test (`filter_item0`).
+* ``rloss``: the module ``bilateralfilter`` of meng-tang/rloss (MIT), which filters one class a
+  pass; around it the gated loss as its users write it, with arrays of numpy, but without the copies
+  of crop and gate for every class that those make. One image a call, which takes one thread. To
+  build it, in pytorch/wrapper/bilateralfilter of a clone, with numpy.i from numpy's tools/swig
+  beside it: ``pip install swig==4.0.2``, ``swig -python -c++ bilateralfilter.i``,
+  ``LDFLAGS=-fopenmp python setup.py build``; then put build/lib* on PYTHONPATH. Without it this
+  peer is skipped.
+* ``wsis_by_class``: this package's own filter, one class a pass: the same lattice, built once, and
+  all else shared.
+
+Lattice and filter are also measured alone, as the whole of what replaces rloss's module; there the
+densecrf library (pydensecrf2), with the same lattice code, takes part too. A pass there includes
+the softmax of its one class, and does not give the filtered class away; that the values are the
+same is a golden test (`filter_item0`).
 
 Gated CRF: the published form takes all neighbours apart (gigabytes); the good baseline sums over
 shifted views.
@@ -21,6 +30,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -69,9 +79,45 @@ def energy_case(batch=BATCH, classes=CLASSES, size=448):
 FILTER, LATTICE = energy._filter, energy.bilateral_lattice
 
 
-def by_class(values, lattice):
-    passes = [FILTER(values[:, k : k + 1].contiguous(), lattice) for k in range(values.shape[1])]
-    return torch.cat(passes, dim=1)
+def by_class(values, lattice, *factors):
+    single = values.split(1, dim=1)
+    return torch.cat([FILTER(one.contiguous(), lattice, *factors) for one in single], dim=1)
+
+
+def rloss_filter(values, points):
+    """``points``: image, sigma_xy, sigma_rgb. The module makes a lattice, then filters by class."""
+    peer = pytest.importorskip("bilateralfilter", reason="needs rloss's module, see above")
+    image, sigma_xy, widths = points
+    out = np.zeros(values.shape, np.float32)
+    for one, maps, field in zip(image.numpy(), values.numpy(), out, strict=True):
+        flat = one.ravel(), maps.ravel(), field.reshape(-1)
+        peer.bilateralfilter(*flat, *values.shape[-2:], widths[0], sigma_xy)
+    return torch.from_numpy(out)
+
+
+class RlossEnergy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, probs, image, roi, unlabelled, sigma_rgb, sigma_xy):
+        gate = (roi - probs.amax(dim=1, keepdim=True)).clamp(min=0).masked_fill(unlabelled, 1)
+        seen = (probs * roi).contiguous()
+        field = rloss_filter(seen, (image, sigma_xy, [sigma_rgb])).mul_(gate)
+        ctx.field, ctx.roi = field, roi
+        return seen.new_tensor(-np.dot(seen.numpy().ravel(), field.numpy().ravel()) / len(probs))
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return -2 * upstream / len(ctx.roi) * ctx.field * ctx.roi, *[None] * 5
+
+
+def rloss_loss(layer, image, probs, roi, labels):
+    def scaled(maps, **how):
+        factor = layer.scale_factor
+        return maps if factor == 1 else F.interpolate(maps, scale_factor=factor, **how)
+
+    sigmas = float(layer.sigma_rgb), layer.sigma_xy * float(layer.scale_factor)
+    small = scaled(probs, mode="bilinear", align_corners=False)
+    crop, unlabelled = scaled(roi[:, None]), scaled(labels) == 255
+    return layer.weight * RlossEnergy.apply(small, scaled(image), crop, unlabelled, *sigmas)
 
 
 def densecrf_lattice(image, sigma_xy, widths):
@@ -104,8 +150,13 @@ def densecrf_by_class(values, crfs):
 
 
 # How -> (the lattice of a batch of images, the filter on it).
-WAYS = {"wsis": (LATTICE, FILTER), "wsis_by_class": (LATTICE, by_class)}
+WAYS = {
+    "wsis": (LATTICE, FILTER),
+    "wsis_by_class": (LATTICE, by_class),
+    "rloss": (lambda *points: points, rloss_filter),
+}
 FILTERS = {**WAYS, "densecrf_by_class": (densecrf_lattice, densecrf_by_class)}
+RLOSS = find_spec("bilateralfilter") is not None
 
 
 def gradient(loss, probs, *arguments):
@@ -116,9 +167,12 @@ def gradient(loss, probs, *arguments):
 
 
 def energy_step(way, image, probs, roi, labels):
+    layer = LAYERS[image.shape[-1]]
+    if way == "rloss":
+        return gradient(rloss_loss, probs, layer, image, probs, roi, labels)
     lattice, apply = WAYS[way]
     with mock.patch.multiple(energy, bilateral_lattice=lattice, _filter=apply):
-        return gradient(LAYERS[image.shape[-1]], probs, image, probs, roi, labels)
+        return gradient(layer, probs, image, probs, roi, labels)
 
 
 def window_case(batch, classes=CLASSES, size=112):
@@ -144,7 +198,8 @@ STEPS = {"energy": (energy_step, energy_case), "window": (window_step, window_ca
 def peak_mib(step, way, batch, size):
     """Memory of one call above its arguments, gradient included, in a process of its own."""
     command = [sys.executable, str(Path(__file__)), step, way, str(batch), str(size)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return round(float(done.stdout))
 
@@ -185,7 +240,7 @@ def test_energy(benchmark, size, way):
     expected = [x.clone() for x in energy_step("wsis_by_class", *case)]
     same(energy_step(way, *case), expected, 1e-4)
     benchmark.group = f"DenseEnergyLoss {BATCH} x {CLASSES} x {size} x {size} with gradient"
-    benchmark.extra_info["baseline"] = way == "wsis_by_class"
+    benchmark.extra_info["baseline"] = way == ("rloss" if RLOSS else "wsis_by_class")
     benchmark.extra_info["peak_mib"] = peak_mib("energy", way, BATCH, size)
     benchmark.pedantic(energy_step, args=(way, *case), rounds=9, warmup_rounds=1)
 
@@ -195,8 +250,11 @@ def test_filter(benchmark, way):
     """The lattice included: the whole of what replaces rloss's module."""
     image, probs, *_ = energy_case(size=SCALED)
     (lattice, apply), probs = FILTERS[way], probs.detach()
+    if way not in ("wsis", "densecrf_by_class"):
+        expected = FILTER(probs, LATTICE(image, 50.0, [15.0] * 3))
+        same([apply(probs, lattice(image, 50.0, [15.0] * 3))], [expected], 1e-4)
     benchmark.group = f"lattice and filter, {BATCH} x {CLASSES} x {SCALED} x {SCALED}"
-    benchmark.extra_info["baseline"] = way == "densecrf_by_class"
+    benchmark.extra_info["baseline"] = way == ("rloss" if RLOSS else "densecrf_by_class")
     benchmark.pedantic(
         lambda: apply(probs, lattice(image, 50.0, [15.0] * 3)), rounds=9, warmup_rounds=1
     )

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ import torch
 from PIL import Image
 
 from wsis.data import TrainLoader, open_dataset
+from wsis.data.workers import start_worker
 from wsis.errors import InputError
 from wsis.types import Batch
 
@@ -138,6 +143,71 @@ def test_workers_outlive_epochs(scenes):
         pids.append([worker.pid for worker in workers])
         assert all(worker.is_alive() for worker in workers)
     assert len(pids[0]) == 2 and pids[0] == pids[1] == pids[2]
+
+
+def test_workers_leave_signals_to_their_parent(scenes):
+    """From their first moment on; the parent can still end them."""
+    loader = make(scenes, workers=2)
+
+    def begin(worker):
+        assert {signal.SIGINT, signal.SIGTERM} <= signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        start_worker(worker)
+
+    loader._batches.loader().worker_init_fn = begin
+    epoch = loader.epoch(0)
+    batches = [next(epoch)]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    workers = loader._batches.loader()._iterator._workers
+    for number in ("INT", "TERM", "TERM"):  # from another process
+        subprocess.run(["kill", f"-{number}", *(str(w.pid) for w in workers)], check=True)
+    assert_same(batches + list(epoch), list(make(scenes).epoch(0)))
+    assert all(worker.is_alive() for worker in workers)
+    begun = time.monotonic()
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(timeout=10)
+        assert worker.exitcode == 0
+    assert time.monotonic() - begun < 4  # before their loader would have told them
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_workers_end_with_their_loader(scenes, whole):
+    loader = make(scenes, workers=2)
+    epoch = loader.epoch(0)
+    next(epoch)
+    if whole:
+        list(epoch)
+    workers = loader._batches.loader()._iterator._workers
+    begun = time.monotonic()
+    del epoch, loader
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert time.monotonic() - begun < 4  # told to, not terminated after 5 s
+
+
+def test_workers_left_over_end_with_the_program():
+    """Where nobody has put the loader away, whose workers the program's end terminates."""
+    code = """
+        import torch
+        from wsis.data import TrainLoader, open_dataset
+
+        class Kept(torch.utils.data.dataloader._MultiProcessingDataLoaderIter):
+            def _shutdown_workers(self):
+                pass
+
+        torch.utils.data.dataloader._MultiProcessingDataLoaderIter = Kept
+        loader = TrainLoader(
+            open_dataset("scenes", n_train=8, size=32), batch_size=2, crop=24,
+            resize_long=(20, 40), flip=0.5, jitter=(0.3, 0.3, 0.3, 0.1), mean=(0.5, 0.5, 0.5),
+            std=(0.25, 0.25, 0.25), seed=1, workers=2,
+        )
+        next(loader.epoch(0))
+    """
+    line = [sys.executable, "-c", textwrap.dedent(code)]
+    subprocess.run(line, check=True, timeout=60, stdout=subprocess.PIPE)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

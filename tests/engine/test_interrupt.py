@@ -25,6 +25,17 @@ def test_first_signal_asks_and_second_interrupts(number, capfd):
     assert [signal.getsignal(n) for n in SIGNALS] == before
 
 
+def test_a_signal_passed_on_is_one_request(capfd):
+    with StopRequest(grace=0.2) as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        assert capfd.readouterr().err.encode() == NOTICE
+        time.sleep(0.25)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_handlers_come_back_after_an_error():
     before = [signal.getsignal(n) for n in SIGNALS]
 

@@ -121,26 +121,35 @@ def test_a_killed_process_ends_the_others(tiny, tmp_path, way, rank, workers, af
 
 
 @pytest.mark.parametrize(
-    ("way", "number"),
+    ("way", "number", "workers", "to_all"),
     [
-        ("gpus", signal.SIGTERM),
+        ("gpus", signal.SIGTERM, 1, False),
+        ("gpus", signal.SIGTERM, 1, True),
         *(
-            pytest.param(way, number, marks=pytest.mark.long)
-            for way, number in [
-                ("gpus", signal.SIGINT),
-                ("gpus", signal.SIGKILL),
-                ("torchrun", signal.SIGTERM),
-                ("torchrun", signal.SIGKILL),
+            pytest.param(way, number, workers, False, marks=pytest.mark.long)
+            for way, number, workers in [
+                ("gpus", signal.SIGTERM, 0),
+                ("gpus", signal.SIGINT, 0),
+                ("gpus", signal.SIGINT, 1),
+                ("gpus", signal.SIGKILL, 0),
+                ("torchrun", signal.SIGTERM, 1),
+                ("torchrun", signal.SIGKILL, 0),
             ]
         ),
     ],
 )
-def test_processes_save_and_end_with_what_started_them(tiny, tmp_path, way, number):
-    process, mark = start(way, tiny, tmp_path)
-    os.kill(process.pid, number)
+def test_processes_save_and_end_with_what_started_them(
+    tiny, tmp_path, way, number, workers, to_all
+):
+    """Whether torchrun alone is told, which passes it on, or every process, as systemd does."""
+    process, mark = start(way, tiny, tmp_path, "--data.workers", str(workers))
+    for pid in family(mark) if to_all else [process.pid]:
+        os.kill(pid, number)
     code = ends_within(process, mark, 60)
     assert code == 130 if way == "gpus" and number != signal.SIGKILL else code != 0
     assert (tmp_path / "run" / "ckpt" / "last").exists()
+    if number != signal.SIGKILL:  # after that, nobody asks the processes to save but their parent
+        assert "Error" not in (tmp_path / "err").read_text()
 
 
 RULE = "global batch 4, {} images each; learning rate 0.01, which belongs to the global batch\n"

@@ -195,23 +195,34 @@ def test_killed_runs_end_bit_identical(trained, tiny, tmp_path, kills):
     assert logs(folder) == logs(trained)
 
 
-def test_sigterm_saves_and_tells_how_to_go_on(trained, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 2)]
+)
+def test_a_signal_to_the_whole_group_saves_and_tells_how_to_go_on(
+    trained, tmp_path, number, workers
+):
+    """As a terminal's Ctrl-C, `timeout` and batch systems send it: to data workers as well."""
     folder = tmp_path / "stopped"
     config = trained / "config.yaml"
+    flags = ["--optim.epochs", "400", "--data.workers", workers]
     process = subprocess.Popen(
-        command("train", "--config", config, "--out", folder, "--optim.epochs", "400"),
+        command("train", "--config", config, "--out", folder, *flags),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     while not (folder / "log.jsonl").exists() or not (folder / "log.jsonl").read_text():
         time.sleep(0.05)
         assert process.poll() is None, process.stderr.read()
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    os.killpg(process.pid, number)
+    out, errors = process.communicate(timeout=60)  # ends when the workers, too, close the pipe
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
     assert "--resume auto" in out
     assert (folder / "ckpt" / "last").exists()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
 
 
 def test_non_finite_loss_leaves_the_weights_untouched(trained, tmp_path, monkeypatch):

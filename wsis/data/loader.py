@@ -18,7 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from wsis.data.augment import Triple, crop_mask, draw, torchvision_functional, write_crop
 from wsis.data.dataset import Dataset
-from wsis.data.memory import keep_freed_memory
+from wsis.data.workers import signals_held, start_worker
 from wsis.errors import InputError, MissingExtraError
 from wsis.types import Batch
 
@@ -135,8 +135,9 @@ class TrainLoader:
         """
         self._turn += 1
         turn = self._turn
-        self._batches.told = [[(epoch, i) for i in batch] for batch in self._order(epoch, start)]
-        batches = iter(self._batches.loader())  # the same one each time, where there are workers
+        self._batches.told[:] = [[(epoch, i) for i in batch] for batch in self._order(epoch, start)]
+        with signals_held():
+            batches = iter(self._batches.loader())  # the same one each time, if there are workers
         while (fields := next(batches, None)) is not None:
             if "error" in fields:
                 raise InputError(fields["error"])
@@ -212,6 +213,10 @@ class _Told:
     """A `DataLoader` that prepares the batches it is told, by workers that outlive an epoch.
 
     Starting them anew for each epoch costs a fork of the training process and their first files.
+
+    Attributes:
+        told: changed in place. A list of its own: if the `DataLoader` knew this object, only the
+            garbage collector would find them, and ending a worker from there takes torch 5 s.
     """
 
     def __init__(self, batches: _Batches, workers: int) -> None:
@@ -220,22 +225,16 @@ class _Told:
         self._loader: DataLoader[dict[str, Any]] | None = None
         self.told: list[list[tuple[int, int]]] = []
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.told)
-
-    def __len__(self) -> int:
-        return len(self.told)
-
     def loader(self) -> DataLoader[dict[str, Any]]:
         """Of `told`; built when first needed, so that a loader which is not used has no workers."""
         if self._loader is None:
             self._loader = DataLoader(
                 self._batches,
-                batch_sampler=self,
+                batch_sampler=self.told,
                 num_workers=self._workers,
                 persistent_workers=self._workers > 0,
                 collate_fn=_as_it_is,
-                worker_init_fn=_start_worker,
+                worker_init_fn=start_worker,
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # else each epoch would draw from the global one
             )
@@ -292,8 +291,3 @@ def _philox(seed: int, epoch: int, stream: int = 0) -> np.random.Generator:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-    keep_freed_memory()

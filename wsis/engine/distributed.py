@@ -57,7 +57,7 @@ def session(device: str = "auto", *, timeout: float = 600.0) -> Iterator[torch.d
             f"device '{device}' is none of torch's; use --device auto, cpu or cuda"
         ) from error
     kind = wanted.type
-    if "RANK" not in os.environ:
+    if not launched():
         yield wanted
         return
     missing = [name for name in _LAUNCH if name not in os.environ]
@@ -84,6 +84,11 @@ def session(device: str = "auto", *, timeout: float = 600.0) -> Iterator[torch.d
 
 def _joined() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "RANK" in os.environ
 
 
 def rank() -> int:

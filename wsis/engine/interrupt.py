@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, TypeAlias
@@ -18,8 +19,12 @@ class StopRequest:
     """Context in which the first signal sets ``requested`` and the second is a KeyboardInterrupt.
 
     Handlers are installed in the main thread only (Python allows no other); in another thread the
-    context does nothing. Processes forked inside it (data workers) ignore SIGINT, so that Ctrl-C
-    lets the current step end, and die of SIGTERM as usual.
+    context does nothing. Processes forked inside it ignore SIGINT, so that Ctrl-C lets the current
+    step end, and die of SIGTERM as usual (data workers ignore it too: `wsis.data.workers`).
+
+    Args:
+        grace: seconds after the first signal in which others are the same request: who started
+            this process may pass on a signal that went to it and to this one alike.
 
     Example:
         >>> with StopRequest() as stop:
@@ -32,11 +37,13 @@ class StopRequest:
         signum: number of the signal that came, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace: float = 0.0) -> None:
+        self.grace = grace
         self.requested = False
         self.signum: int | None = None
         self._previous: dict[int, _Handler] = {}
         self._pid = 0
+        self._since = 0.0
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -66,7 +73,9 @@ class StopRequest:
                 os.kill(os.getpid(), signum)
             return
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested, self.signum = True, signum
+            if time.monotonic() - self._since >= self.grace:
+                raise KeyboardInterrupt
+            return
+        self.requested, self.signum, self._since = True, signum, time.monotonic()
         # Not print: a handler may run inside another write to the same buffered stream.
         os.write(2, NOTICE)

@@ -325,7 +325,9 @@ class Trainer:
             disable=not distributed.is_main(),
             dynamic_ncols=True,
         )
-        with StopRequest() as stop, bar:
+        # torchrun passes on a signal that may have gone to all processes of a job.
+        grace = 5.0 if distributed.launched() else 0.0
+        with StopRequest(grace) as stop, bar:
             while self.step < self.total_steps:
                 epoch, start = divmod(self.step, steps)
                 bar.set_description(f"epoch {epoch + 1}/{self.epochs}")

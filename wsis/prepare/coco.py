@@ -13,6 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
@@ -168,6 +169,7 @@ _work: tuple[Dataset, Path] | None = None
 
 def _start(data: Dataset, folder: Path) -> None:
     global _work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
     _work = data, folder
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from wsis.errors import InputError
 from wsis.ops._lattice import filter_op
+from wsis.ops._native import prefer_huge_pages
 from wsis.ops.norms import as_float
 from wsis.ops.permutohedral import Lattice, bilateral_lattice, permutohedral_filter
 
@@ -256,6 +257,7 @@ def _four_of_each(maps: Tensor, factor: Tensor) -> Tensor:
     batch, classes, height, width = maps.shape
     flat = maps.flatten(0, 1)
     pairs = flat.new_empty(len(flat), height, 2, width, dtype=maps.dtype.to_complex())
+    prefer_huge_pages(pairs)
     planes = _planes_at_once(flat)
     products = flat.new_empty(planes, height, width)
     for some, out in zip(flat.split(planes), pairs.split(planes), strict=True):

@@ -280,28 +280,6 @@ def test_ladder_and_variants_train(trained, tmp_path, flags):
     assert np.isfinite(record["total"]) and "seg" in record
 
 
-def test_another_configuration_does_not_resume(trained, tmp_path, capsys):
-    folder = tmp_path / "run"
-    shutil.copytree(trained, folder)
-    assert (
-        main(
-            [
-                "train",
-                "--config",
-                str(trained / "config.yaml"),
-                "--out",
-                str(folder),
-                "--resume",
-                "auto",
-                "--seed",
-                "2",
-            ]
-        )
-        == 2
-    )
-    assert "another configuration" in capsys.readouterr().err
-
-
 def test_a_used_folder_is_not_overwritten(trained, capsys):
     arguments = ["train", "--config", str(trained / "config.yaml"), "--out", str(trained)]
     assert main(arguments) == 2

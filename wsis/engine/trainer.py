@@ -23,7 +23,7 @@ from wsis.config import TrainConfig
 from wsis.data.loader import make_loader
 from wsis.data.memory import keep_freed_memory
 from wsis.engine import distributed
-from wsis.engine.about import describe, identity, processes_before
+from wsis.engine.about import check_origin, describe, origin, processes_before
 from wsis.engine.build import build_model, open_split, open_training_set
 from wsis.engine.check import batch_rule, check
 from wsis.engine.checkpoint import (
@@ -150,11 +150,14 @@ class Trainer:
         self.means = RunningMean()
         self.store = CheckpointStore(self.folder / "ckpt")
         self.log = RunLog(self.folder) if distributed.is_main() else None
-        self.identity = identity(config, self.train_set)
-        if resume and (latest := self.store.latest()) is not None:
-            self._restore(latest)
+        self.origin = origin(config, self.train_set)
+        self.identity: str = self.origin["identity"]
+        latest = self.store.latest() if resume else None
+        told = latest is None or self._restore(latest)
         if self.log is not None:
             self.log.rewind(self.step)
+            if not told:
+                self._save()  # `config.yaml`, which this version writes below, would not tell
             before = processes_before(self.folder) if self.step else None
             if (line := batch_rule(config, distributed.world_size(), before)) is not None:
                 print(line, flush=True)
@@ -183,26 +186,24 @@ class Trainer:
             "means": self.means.state(),
             "optimizer": scalars,
             "scaler": self.scaler.state_dict(),
-            "identity": self.identity,
+            **self.origin,
         }
         self.store.save(self.step, groups, state, pin=pin)
 
-    def _restore(self, path: Path) -> None:
+    def _restore(self, path: Path) -> bool:
+        """Go on from a checkpoint; False where it does not say of which run it is."""
         groups, state = self.store.load(path)
-        if state["identity"] != self.identity:
-            raise InputError(
-                f"{path} belongs to a run with another configuration, data set or masks; resume "
-                f"with the configuration in {self.folder / 'config.yaml'}, or choose another --out"
-            )
+        told = check_origin(state, self.config, self.train_set, self.folder, path)
+        distributed.meet()  # all have read what the first one may write now
         self.model.load_state_dict(groups["model"])
         restore_optimizer(self.optimizer, self.model, groups["optimizer"], state["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(groups["ema"])
         self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
-        self.seconds = state["seconds"]
+        self.step, self.seconds = state["step"], state["seconds"]
         self.best_map = state["best_map"]
         self.means.load_state(state["means"])
+        return told
 
     # -- steps ---------------------------------------------------------------------------------
 

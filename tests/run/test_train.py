@@ -398,6 +398,32 @@ def test_other_settings_do_not_touch_the_runs_own_figures(trained, tmp_path, cap
     assert (folder / "evaluate-1" / "metrics.json").exists()
 
 
+def test_other_images_do_not_touch_the_runs_own_figures(trained, tree, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    other = tmp_path / "night photos"
+    shutil.copytree(tree, other)
+    own = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    here = os.path.relpath(tree)  # the run's own folder, spelt in another way
+    assert main(["evaluate", str(folder), "--root", here]) == 0
+    assert f"report: {folder / 'report.html'}" in capsys.readouterr().out
+    assert not list(folder.glob("evaluate*"))
+    own[folder / "report.html"] = (folder / "report.html").read_bytes()
+    for flags, name in [
+        (["--root", str(other)], "evaluate-night photos-1"),
+        (["--root", str(other)], "evaluate-night photos-2"),
+        (["--root", str(other), "--split", "train"], "evaluate-night photos-train-1"),
+        (["--split", "train"], "evaluate-train-1"),
+    ]:
+        assert main(["evaluate", str(folder), *flags]) == 0
+        assert f"report: {folder / name / 'report.html'}" in capsys.readouterr().out
+        assert (folder / name / "metrics.json").exists()
+        if "train" in name:
+            assert "voc train, 12 images" in (folder / name / "report.html").read_text()
+            assert "voc val" not in (folder / name / "report.html").read_text()
+        assert {path: path.read_bytes() for path in own} == own
+
+
 def test_evaluate_and_predict_under_a_named_protocol(trained, tree, tmp_path, capsys):
     out = tmp_path / "toco"
     named = ["--protocol", "voc-toco-crf"]

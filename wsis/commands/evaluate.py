@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -10,7 +12,7 @@ from wsis.commands.train import load_config
 from wsis.errors import InputError
 
 if TYPE_CHECKING:
-    from wsis.config import PredictConfig
+    from wsis.config import DataConfig, PredictConfig
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -59,8 +61,8 @@ def evaluate(arguments: list[str]) -> int:
         "--out",
         type=str | None,
         default=None,
-        help="where the figures go [the run's folder; RUN/evaluate-N if anything was changed; of "
-        "--masks: nowhere]",
+        help="where the figures go [the run's folder; RUN/evaluate-N if anything was changed, "
+        "RUN/evaluate-ROOT-SPLIT-N if they are of other images; of --masks: nowhere]",
     )
     parser.add_argument("--masks", type=str | None, default=None, help="folder of mask PNGs")
     parser.add_argument("--dataset", type=str | None, default=None, help="of --masks [voc]")
@@ -121,7 +123,7 @@ def evaluate(arguments: list[str]) -> int:
         return 0
     folder = Path(options.run)
     config = load_config(folder / "config.yaml")
-    stored = config.as_dict()
+    stored, own = config.as_dict(), replace(config.data)
     check_crf(options.crf)
     if config.model.decoder == "object" and (named is not None or options.crf is not None):
         check_segments(config)
@@ -138,6 +140,7 @@ def evaluate(arguments: list[str]) -> int:
     weights = options.weights or "last"
     changed = config.as_dict() != stored or weights != "last" or named is not None
     config.data.root = options.root or config.data.root
+    images = _other_images(config.data, own)
     config.device = options.device or config.device
     set_inputs(config.data, options)
     choice = "given to wsis evaluate, after training" if options.background is not None else ""
@@ -146,8 +149,11 @@ def evaluate(arguments: list[str]) -> int:
             out = Path(options.out)
         else:
             # Looked for once: the processes write into the same one.
+            name = "-".join(["evaluate", *images])
             out = (
-                distributed.from_main(lambda: next_free(folder / "evaluate")) if changed else folder
+                distributed.from_main(lambda: next_free(folder / name))
+                if changed or images
+                else folder
             )
         text = evaluate_run(
             config,
@@ -160,6 +166,17 @@ def evaluate(arguments: list[str]) -> int:
         if distributed.is_main():
             print(text)
     return 0
+
+
+def _other_images(data: DataConfig, own: DataConfig) -> list[str]:
+    """Names of the data set's folder and of the split, each where it is not the run's own."""
+    names = []
+    here, there = (None if d.root is None else Path(d.root).expanduser() for d in (data, own))
+    if here != there and here is not None and (there is None or here.resolve() != there.resolve()):
+        names.append(here.resolve().name or "root")
+    if data.val_split != own.val_split:
+        names.append(re.sub(r"[^\w.-]+", "_", data.val_split))
+    return names
 
 
 def check_predict(predict: PredictConfig) -> None:

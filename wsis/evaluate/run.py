@@ -323,7 +323,7 @@ def _localize(config: TrainConfig, folder: Path, weights: str, out: Path) -> str
         out=out,
         side=config.data.crop,
     )
-    return describe_localization(result)
+    return f"{describe_localization(result)}\nfigures and pictures: {out}"
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -403,7 +403,12 @@ def _report(
         history=history,
         config_text=yaml.safe_dump(json.loads(json.dumps(config.as_dict())), sort_keys=False),
         versions=about["versions"]
-        | {f"{split} images": _fingerprint(about[split]) for split in ("train", "val")},
+        | {
+            "train images": _images(**about["train"]),
+            "scored images": _images(
+                dataset.name, dataset.split, len(dataset), dataset.fingerprint()
+            ),
+        },
         panels=panels(sample_indices(len(dataset), count)),
         best=panels(best),
         worst=panels(worst),
@@ -414,7 +419,5 @@ def _report(
     )
 
 
-def _fingerprint(about: dict[str, Any]) -> str:
-    return (
-        f"{about['name']} {about['split']}, {about['images']} images, {about['fingerprint'][:12]}"
-    )
+def _images(name: str, split: str, images: int, fingerprint: str, **_: Any) -> str:
+    return f"{name} {split}, {images} images, {fingerprint[:12]}"

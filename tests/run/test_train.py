@@ -469,6 +469,46 @@ def test_submission_of_a_run(trained, tmp_path, capsys):
     assert kept.stat().st_mtime_ns != before
 
 
+@pytest.mark.parametrize("way", ["own", "file"])
+def test_a_submission_goes_on_from_another_folder(trained, tmp_path, capsys, monkeypatch, way):
+    out = tmp_path / "submission"
+    (tmp_path / "elsewhere").mkdir()
+    for here, stay in ((tmp_path, "4 masks"), (tmp_path / "elsewhere", "3 masks of the same")):
+        monkeypatch.chdir(here)
+        arguments = ["submit", os.path.relpath(trained), "--split", "val", "--out", str(out)]
+        if way == "file":
+            arguments += ["--weights", os.path.relpath(trained / "weights.safetensors")]
+        assert main([*arguments, "--protocol", "voc-rtc"]) == 0
+        assert stay in capsys.readouterr().out
+        (out / "results/VOC2012/Segmentation/comp6_test_cls/val_002.png").unlink()
+    assert json.loads((out / "plan.json").read_text())["run"] == str(trained.resolve())
+
+
+def test_commands_use_the_threads_of_the_run(trained, tree, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("\nthreads: 1\n", "\nthreads: 3\n"))
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    image = str(tree / "JPEGImages" / "val_000.jpg")
+    boxes = tmp_path / "boxes"
+    shutil.copytree(tree, boxes)
+    names = json.loads((tree / "labels.json").read_text())["labels"]
+    found = {name: [[8, 8, 40, 50, kinds[0]]] for name, kinds in names.items() if kinds}
+    (boxes / "boxes.json").write_text(json.dumps({"boxes": found}))
+    for words in (
+        ["evaluate", str(folder), "--out", str(tmp_path / "e")],
+        ["evaluate", "wsol", str(folder), "--root", str(boxes), "--out", str(tmp_path / "w")],
+        ["predict", str(folder), image, "--out", str(tmp_path / "p")],
+        ["predict", str(folder), "--pseudo", "--out", str(tmp_path / "q")],
+        ["submit", str(folder), "--split", "val", "--out", str(tmp_path / "s")],
+    ):
+        given.clear()
+        assert main(words) == 0
+        assert given == [3], words
+
+
 def test_predict_never_overwrites_a_photograph(trained, tmp_path, capsys):
     photos = tmp_path / "photos"
     photos.mkdir()

@@ -71,7 +71,7 @@ def submit(arguments: list[str]) -> int:
         def read(name: str) -> Any:
             return read_mask(folder / f"{name}.png", dataset.mask_ids)
 
-        about = {"masks": str(folder)}
+        about = {"masks": str(folder.resolve())}
         # Stored masks are read again each time: nobody knows whether they are still the same.
         todo = remaining(
             dataset, options.out, competition=options.competition, about=about, anew=True
@@ -98,9 +98,11 @@ def submit(arguments: list[str]) -> int:
         dataset = open_split(config.data, options.split)
         check_segments(config)
         model = load_model(config, Path(options.run), len(dataset.classes), options.weights)
+        named = options.weights in ("last", "best")
+        weights = options.weights if named else str(Path(options.weights).resolve())
         protocol = Protocol(
             **asdict(config.predict),
-            checkpoint=checkpoint_words(options.weights),
+            checkpoint=checkpoint_words(weights),
             name=options.protocol or "",
         )
         protocol = protocol.on(dataset, range(len(dataset)))
@@ -111,7 +113,7 @@ def submit(arguments: list[str]) -> int:
             return conclude(passes, image, **settings).mask.numpy()
 
         about = {
-            "run": options.run,
+            "run": str(Path(options.run).resolve()),
             "weights": weights_hash(model),
             "protocol": protocol.as_dict(),
         }

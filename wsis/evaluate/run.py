@@ -53,7 +53,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 def load_model(config: TrainConfig, folder: Path, classes: int, weights: str = "last") -> Network:
-    """The trained network of a run, in evaluation mode on the run's device.
+    """The trained network of a run, in evaluation mode on the run's device, with its threads.
 
     Args:
         config: the run.
@@ -86,6 +86,8 @@ def load_model(config: TrainConfig, folder: Path, classes: int, weights: str = "
         if weights == "last" and not path.exists():
             raise InputError(f"{folder} holds no finished training; go on with --resume auto")
         state = read_state(path)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     # The backbone's own pretrained weights would be overwritten at once: do not look for them.
     config.model.weights = "none"
     model = build_model(config.model, classes, supervision=config.supervision)
@@ -124,8 +126,6 @@ def evaluate_run(
         The table and where the report lies, as text for a terminal.
     """
     out = folder if out is None else out
-    if config.threads:
-        torch.set_num_threads(config.threads)
     if config.model.decoder == "object":
         return _localize(config, folder, weights, out) if distributed.is_main() else ""
     val_set = open_split(config.data, config.data.val_split)
@@ -267,8 +267,6 @@ def make_pseudo_masks(
         )
     if source == "decoder":
         check_segments(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
     dataset = open_split(config.data, config.data.train_split)
     if config.data.on_error == "skip":
         dataset = without_quarantined(dataset, folder)

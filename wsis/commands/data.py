@@ -93,14 +93,18 @@ def _prepare(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     source = Path(options.path)
     out = None if options.out is None else Path(options.out).expanduser()
-    if options.kind == "coco":
-        from wsis.prepare.coco import prepare_coco
+    from wsis.prepare.lock import alone_in
+    from wsis.prepare.record import as_source
 
-        record = prepare_coco(source, out, partial=options.partial, masks=options.masks)
-    else:
-        module = import_module(f"wsis.prepare.{options.kind}")
-        prepare = getattr(module, f"prepare_{options.kind}")
-        record = prepare(source, out, partial=options.partial)
+    with alone_in(as_source(source) if out is None else out):
+        if options.kind == "coco":
+            from wsis.prepare.coco import prepare_coco
+
+            record = prepare_coco(source, out, partial=options.partial, masks=options.masks)
+        else:
+            module = import_module(f"wsis.prepare.{options.kind}")
+            prepare = getattr(module, f"prepare_{options.kind}")
+            record = prepare(source, out, partial=options.partial)
     print(record.describe())
     print(f"ready: {record.root} (prepare-{record.kind}.json)")
     return 0

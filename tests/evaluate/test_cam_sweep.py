@@ -14,8 +14,9 @@ from tests.offline.fakes import painted
 from wsis.cli import main
 from wsis.errors import InputError
 from wsis.evaluate import cam_sweep as module
+from wsis.evaluate.cam_candidates import ALPHAS, BETAS, make_sweep
 from wsis.evaluate.cam_report import at_ends, evaluate_cams_folder, format_sweep
-from wsis.evaluate.cam_sweep import ALPHAS, BETAS, StoredCams, make_sweep, sweep_cams
+from wsis.evaluate.cam_sweep import StoredCams, sweep_cams
 from wsis.evaluate.conventions import scores
 from wsis.evaluate.segmentation import THRESHOLDS, WITH_TRUTH
 from wsis.offline.refine import Refinement, refine_maps

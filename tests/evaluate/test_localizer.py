@@ -26,9 +26,10 @@ from wsis.errors import InputError
 from wsis.evaluate.localization import normalize_scores, resize_scores, scale_boxes
 from wsis.evaluate.localize import evaluate_run_localization, evaluate_scoremaps
 from wsis.evaluate.protocols import Protocol
-from wsis.evaluate.run import load_model, predict_files
+from wsis.evaluate.run_masks import predict_files
 from wsis.evaluate.score_maps import localization_maps
 from wsis.evaluate.scorer import Scorer
+from wsis.evaluate.trained import load_model
 from wsis.losses.rtc import RtcWeights
 
 STEP, FIXED = 0.05, 0.4

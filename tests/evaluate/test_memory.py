@@ -18,8 +18,9 @@ from PIL import Image
 from torch import nn
 
 from wsis.data.dataset import Dataset
+from wsis.evaluate.cam_candidates import make_sweep
 from wsis.evaluate.cam_quality import evaluate_cams
-from wsis.evaluate.cam_sweep import StoredCams, make_sweep, sweep_cams
+from wsis.evaluate.cam_sweep import StoredCams, sweep_cams
 from wsis.evaluate.protocols import Protocol
 from wsis.evaluate.segmentation import evaluate_folder, evaluate_segmentation
 from wsis.offline.masks import write_mask

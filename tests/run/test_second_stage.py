@@ -19,7 +19,8 @@ from wsis.data.loader import make_loader
 from wsis.engine.check import check
 from wsis.engine.trainer import Trainer
 from wsis.errors import InputError
-from wsis.evaluate.run import load_model, make_pseudo_masks
+from wsis.evaluate.run_masks import make_pseudo_masks
+from wsis.evaluate.trained import load_model
 from wsis.recipes import get_recipe
 
 SECOND = {

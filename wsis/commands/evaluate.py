@@ -95,7 +95,8 @@ def evaluate(arguments: list[str]) -> int:
 
     named = None if options.protocol is None else get_protocol(options.protocol)
     from wsis.engine import distributed
-    from wsis.evaluate.run import check_segments, evaluate_masks, evaluate_run
+    from wsis.evaluate.run import evaluate_masks, evaluate_run
+    from wsis.evaluate.trained import check_segments
 
     only_masks, only_run = (
         ("dataset", "unsure"),

@@ -8,8 +8,8 @@ from pathlib import Path
 from wsis.commands.options import make_parser
 from wsis.data.dataset import open_dataset
 from wsis.engine import distributed
+from wsis.evaluate.cam_candidates import make_sweep
 from wsis.evaluate.cam_report import PICTURES, evaluate_cams_folder
-from wsis.evaluate.cam_sweep import make_sweep
 from wsis.evaluate.named import get_protocol
 from wsis.evaluate.protocols import Protocol
 from wsis.offline.refine_folder import find_guides

@@ -79,7 +79,7 @@ def evaluate_wsol(arguments: list[str]) -> int:
 
         from wsis.engine.build import open_split
         from wsis.evaluate.protocols import Protocol
-        from wsis.evaluate.run import load_model
+        from wsis.evaluate.trained import load_model
 
         folder = Path(options.run)
         config = load_config(folder / "config.yaml")

@@ -49,7 +49,7 @@ def predict(arguments: list[str]) -> int:
     check_crf(options.crf)
     check_protocol(options.protocol)
     from wsis.evaluate.named import configure
-    from wsis.evaluate.run import make_pseudo_masks, predict_files
+    from wsis.evaluate.run_masks import make_pseudo_masks, predict_files
 
     folder = Path(options.run)
     config = load_config(folder / "config.yaml")

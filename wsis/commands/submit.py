@@ -83,7 +83,7 @@ def submit(arguments: list[str]) -> int:
         from wsis.engine.build import open_split
         from wsis.evaluate.named import configure
         from wsis.evaluate.protocols import Protocol
-        from wsis.evaluate.run import check_segments, checkpoint_words, load_model
+        from wsis.evaluate.trained import check_segments, checkpoint_words, load_model
         from wsis.models.weights import weights_hash
         from wsis.offline.predict import conclude
         from wsis.offline.stream import stream_passes

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from wsis.engine import distributed
 from wsis.engine.logs import versions, write_json_atomic
-from wsis.evaluate.cam_sweep import Case, StoredCams, Sweep, sweep_cams
+from wsis.evaluate.cam_candidates import Sweep
+from wsis.evaluate.cam_sweep import Case, StoredCams, sweep_cams
 from wsis.evaluate.conventions import Tally
 from wsis.evaluate.report import (
     Panel,

@@ -1,26 +1,20 @@
-"""A trained run folder to numbers, report and masks: what the commands call."""
+"""A trained run folder, or a folder of masks, to numbers and a report."""
 
 from __future__ import annotations
 
 import csv
 import json
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
-from PIL import Image
-from tqdm import tqdm
 
 from wsis.config import TrainConfig
-from wsis.data.dataset import Dataset, open_dataset, read_image, read_json
+from wsis.data.dataset import Dataset, open_dataset
 from wsis.data.localization import read_truth
 from wsis.engine import distributed
-from wsis.engine.build import build_model, open_split
-from wsis.engine.checkpoint import CheckpointStore
-from wsis.engine.device import pick_device
+from wsis.engine.build import open_split
 from wsis.engine.logs import write_json_atomic
 from wsis.engine.quarantine import without_quarantined
 from wsis.errors import InputError
@@ -30,9 +24,7 @@ from wsis.evaluate.protocols import Protocol
 from wsis.evaluate.report import (
     LABEL_HINT,
     MASK_HINT,
-    class_colours,
     make_panels,
-    overlay_mask,
     sample_indices,
     write_report,
 )
@@ -42,57 +34,8 @@ from wsis.evaluate.segmentation import (
     evaluate_segmentation,
     format_table,
 )
+from wsis.evaluate.trained import checkpoint_words, load_model, read_about
 from wsis.models.network import Network
-from wsis.models.weights import load_state, read_state
-from wsis.offline.export import Source, export_pseudo_masks
-from wsis.offline.masks import write_mask, write_picture
-from wsis.offline.predict import Pass, conclude
-from wsis.offline.stream import stream_passes
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-
-
-def load_model(config: TrainConfig, folder: Path, classes: int, weights: str = "last") -> Network:
-    """The trained network of a run, in evaluation mode on the run's device, with its threads.
-
-    Args:
-        config: the run.
-        folder: its folder.
-        classes: K foreground classes.
-        weights: `last` (the result of training), `best` (highest classification mAP on the val
-            labels) or a weights file.
-
-    Raises:
-        InputError: no such weights, weights of another architecture, or a class gate asked of a
-            network that has no image-level classifier.
-    """
-    if config.model.head != "rtc" and config.predict.gate:
-        raise InputError(
-            f"{folder} is a segmentation network ({config.model.head}) without an image-level "
-            "classifier: a protocol with a class gate does not go with it"
-        )
-    if weights == "best":
-        store = CheckpointStore(folder / "ckpt")
-        path = store.pinned("best")
-        if path is None:
-            raise InputError(f"{folder} has no checkpoint pinned as best; use --weights last")
-        groups, _ = store.load(path)
-        # An averaged model carries its counter and the prefix of its wrapper.
-        average = groups.get("ema", {})
-        state = {k.removeprefix("module."): v for k, v in average.items() if k != "n_averaged"}
-        state = state or groups["model"]
-    else:
-        path = folder / "weights.safetensors" if weights == "last" else Path(weights)
-        if weights == "last" and not path.exists():
-            raise InputError(f"{folder} holds no finished training; go on with --resume auto")
-        state = read_state(path)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    # The backbone's own pretrained weights would be overwritten at once: do not look for them.
-    config.model.weights = "none"
-    model = build_model(config.model, classes, supervision=config.supervision)
-    load_state(model, state, str(path))
-    return model.to(pick_device(config.device)).to(memory_format=torch.channels_last).eval()
 
 
 def evaluate_run(
@@ -194,119 +137,6 @@ def evaluate_masks(
     return f"{table}\nprotocol: {result['protocol']['line']}"
 
 
-def predict_files(
-    config: TrainConfig, folder: Path, source: Path, out: Path, *, weights: str, overlay: bool
-) -> int:
-    """Masks of one image or of a folder of images; returns how many were written.
-
-    Each mask is a palette PNG `<stem>.png` of the image's size that holds the data set's file
-    ids; with `overlay` also `<stem>.overlay.jpg`. The training data is not needed.
-
-    Raises:
-        InputError: no image there, one that cannot be read, or a mask that would overwrite one.
-    """
-    if source.is_dir():
-        files = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    else:
-        files = [source]
-    if not files or not files[0].exists():
-        raise InputError(f"{source}: expected an image or a folder of images, found none")
-    check_segments(config)
-    masks = _targets(files, out)
-    mask_ids = read_about(folder)["val"]["mask_ids"]
-    model = load_model(config, folder, len(mask_ids), weights)
-    protocol = Protocol(**asdict(config.predict))
-    colours = class_colours(mask_ids)
-    settings = protocol.conclusion()
-
-    def write(i: int, image: Image.Image, passes: list[Pass], _: None) -> None:
-        mask = conclude(passes, image, **settings).mask.numpy()
-        write_mask(masks[i], mask, mask_ids)
-        if overlay:
-            picture = Image.fromarray(overlay_mask(image, mask, colours))
-            write_picture(masks[i].with_suffix(".overlay.jpg"), picture)
-
-    writing = stream_passes(
-        model,
-        _Files(files),
-        range(len(files)),
-        write,
-        **protocol.passes(),
-        decode=True,
-        loader=config.data.loader,
-        workers=config.data.workers,
-    )
-    with closing(writing):
-        return sum(1 for _ in tqdm(writing, total=len(files), desc="predict", unit="image"))
-
-
-class _Files:
-    """Image files, read like a data set."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self.ids = [file.stem for file in files]
-        self.image_path, self.image = files.__getitem__, lambda i: read_image(files[i])
-
-
-def make_pseudo_masks(
-    config: TrainConfig, folder: Path, out: Path, *, source: Source, crf: str, weights: str
-) -> tuple[int, int]:
-    """Pseudo masks of a run's training split, its image-level labels given.
-
-    Returns:
-        How many were written, and how many were there; see `export_pseudo_masks`.
-
-    Raises:
-        InputError: CAMs of a network that has none, masks of a decoder that knows only objects, or
-            as `export_pseudo_masks`.
-    """
-    if source == "cam" and config.model.head != "rtc":
-        raise InputError(
-            f"{folder} is a segmentation network ({config.model.head}) without CAMs; give "
-            "--pseudo decoder"
-        )
-    if source == "decoder":
-        check_segments(config)
-    dataset = open_split(config.data, config.data.train_split)
-    if config.data.on_error == "skip":
-        dataset = without_quarantined(dataset, folder)
-    return export_pseudo_masks(
-        load_model(config, folder, len(dataset.classes), weights),
-        dataset,
-        out,
-        source=source,
-        rule=config.pseudo,
-        prediction=Protocol(**asdict(config.predict)).prediction(),
-        crf=crf,
-        about={"run": folder.name, "checkpoint": weights},
-        loader=config.data.loader,
-        workers=config.data.workers,
-    )
-
-
-def _targets(files: list[Path], out: Path) -> list[Path]:
-    """Where the masks go; InputError where one would overwrite a photograph or another mask."""
-    targets: dict[Path, Path] = {}
-    inputs = {file.resolve() for file in files}
-    for file in files:
-        target = (out / f"{file.stem}.png").resolve()
-        if target in inputs:
-            raise InputError(f"{target} is one of the images; choose another --out")
-        if target in targets:
-            raise InputError(f"{targets[target]} and {file} would both become {target.name}")
-        targets[target] = file
-    return list(targets)
-
-
-def check_segments(config: TrainConfig) -> None:
-    """InputError where a run cannot make masks of classes."""
-    if config.model.decoder == "object":
-        raise InputError(
-            "this run was trained to localize (model.decoder object): it has no masks of classes; "
-            "score it with wsis evaluate wsol"
-        )
-
-
 def _localize(config: TrainConfig, folder: Path, weights: str, out: Path) -> str:
     """Localization scores on the val split as text, or why there are none."""
     dataset = open_split(config.data, config.data.val_split)
@@ -322,22 +152,6 @@ def _localize(config: TrainConfig, folder: Path, weights: str, out: Path) -> str
         side=config.data.crop,
     )
     return f"{describe_localization(result)}\nfigures and pictures: {out}"
-
-
-def read_about(folder: Path) -> dict[str, Any]:
-    """What training wrote about its run: versions, classes, fingerprints."""
-    path = folder / "about.json"
-    if not path.is_file():
-        raise InputError(f"{folder} is not a run folder: it has no {path.name}")
-    about = read_json(path)
-    if not isinstance(about, dict) or not {"versions", "train", "val"} <= about.keys():
-        raise InputError(f"{path}: expected what training writes there; take it from a copy")
-    return about
-
-
-def checkpoint_words(weights: str) -> str:
-    """What a protocol says of the weights that `load_model` takes."""
-    return {"best": "best on val labels"}.get(weights, weights)
 
 
 def _choice(config: TrainConfig) -> str:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from wsis.cli import main
 from wsis.data.dataset import open_dataset
 from wsis.offline.masks import write_mask
 
@@ -78,6 +79,16 @@ def tiny(tree, tmp_path) -> Path:
     data = {**TINY, "data": {**TINY["data"], "root": str(tree)}}
     path.write_text(yaml.safe_dump(data))
     return path
+
+
+@pytest.fixture(scope="session")
+def trained(tree, tmp_path_factory):
+    """A finished tiny run, in process; a test that changes its files copies it first."""
+    base = tmp_path_factory.mktemp("trained")
+    path = base / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "data": {**TINY["data"], "root": str(tree)}}))
+    assert main(["train", "--config", str(path), "--out", str(base / "run")]) == 0
+    return base / "run"
 
 
 def command(*arguments: object) -> list[str]:

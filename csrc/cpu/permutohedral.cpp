@@ -12,6 +12,20 @@ namespace {
 // Channels that are filtered together: more would not gain anything, and the table grows with them.
 constexpr int32_t kTogether = 32;
 
+// A tile's rows, each times its pixel's factor (row-major in the image). The weights would take it
+// just as well, but there are d + 1 of them to a pixel, and only a few vectors of channels.
+template <class V, class T>
+WSIS_INLINE void scale_tile(const float* factors, const Tiles& tiles, const Tile& tile,
+                            int32_t stride, T* rows) {
+  for (int32_t y = 0; y < tile.height; ++y) {
+    const float* factor = factors + (int64_t{tile.y} + y) * tiles.width + tile.x;
+    for (int32_t x = 0; x < tile.width; ++x, rows += stride) {
+      const V by = V{} + static_cast<T>(factor[x]);
+      for (int32_t c = 0; c < stride; c += kLanes<V, T>) store(rows + c, load<V>(rows + c) * by);
+    }
+  }
+}
+
 template <class T>
 struct Splat {
   const Lattice& lattice;
@@ -38,7 +52,8 @@ struct Splat {
       const TileOf of(lattice, t, tile);
       load_tile<V>(values, lattice.tiles, tile, channels, stride, T(1), T(0),
                    buffers.pixels);
-      const T* weights = load_weights(of, lattice.tiles, tile, before, buffers.weights);
+      if (before) scale_tile<V>(before, lattice.tiles, tile, stride, buffers.pixels);
+      const T* weights = load_weights<T>(of, lattice.tiles, tile, nullptr, buffers.weights);
       dispatch(SplatTile<T>{of, buffers.pixels, weights, stride, offsets, own, table, aside, &aside});
     }
   }
@@ -65,8 +80,9 @@ struct Slice {
       const Tile tile = lattice.tiles[t];
       const TileOf of(lattice, t, tile);
       std::memset(buffers.pixels, 0, sizeof(T) * stride * kTilePixels);
-      const T* weights = load_weights(of, lattice.tiles, tile, after, buffers.weights);
+      const T* weights = load_weights<T>(of, lattice.tiles, tile, nullptr, buffers.weights);
       dispatch(SliceTile<T>{of, table, factors, weights, stride, buffers.rows, buffers.pixels});
+      if (after) scale_tile<V>(after, lattice.tiles, tile, stride, buffers.pixels);
       store_tile<V>(buffers.pixels, lattice.tiles, tile, channels, stride, result);
     }
   }

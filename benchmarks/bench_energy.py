@@ -79,9 +79,11 @@ def energy_case(batch=BATCH, classes=CLASSES, size=448):
 FILTER, LATTICE = energy._filter, energy.bilateral_lattice
 
 
-def by_class(values, lattice, *factors):
-    single = values.split(1, dim=1)
-    return torch.cat([FILTER(one.contiguous(), lattice, *factors) for one in single], dim=1)
+def by_class(values, lattice, before=None, after=None):
+    """Crop and gate for all classes together, not once a pass."""
+    seen = values if before is None else values * before
+    field = torch.cat([FILTER(one.contiguous(), lattice) for one in seen.split(1, dim=1)], dim=1)
+    return field if after is None else field.mul_(after)
 
 
 def rloss_filter(values, points):

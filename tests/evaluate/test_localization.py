@@ -17,7 +17,8 @@ from wsis.evaluate.localization import (
     resize_scores,
     scale_boxes,
 )
-from wsis.evaluate.localize import evaluate_scoremaps, format_localization
+from wsis.evaluate.localize import evaluate_scoremaps
+from wsis.evaluate.localize_report import format_localization
 
 
 def score_map(levels):

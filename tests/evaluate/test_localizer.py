@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import tracemalloc
 from dataclasses import replace
 
@@ -25,11 +26,13 @@ from wsis.engine.trainer import Trainer
 from wsis.errors import InputError
 from wsis.evaluate.localization import normalize_scores, resize_scores, scale_boxes
 from wsis.evaluate.localize import evaluate_run_localization, evaluate_scoremaps
+from wsis.evaluate.localize_report import COLUMNS
 from wsis.evaluate.protocols import Protocol
+from wsis.evaluate.run import evaluate_run
 from wsis.evaluate.run_masks import predict_files
 from wsis.evaluate.score_maps import localization_maps
 from wsis.evaluate.scorer import Scorer
-from wsis.evaluate.trained import load_model
+from wsis.evaluate.trained import load_model, page_of
 from wsis.losses.rtc import RtcWeights
 
 STEP, FIXED = 0.05, 0.4
@@ -224,6 +227,28 @@ def test_maps_are_of_the_true_class(run, tree, scored):
     torch.testing.assert_close(same, scores, atol=1e-6, rtol=0)
 
 
+def test_the_page_of_a_localizer(run, tree, scored, tmp_path):
+    """The run's own, and the command's: the table's figures, and pictures with boxes."""
+    text = evaluate_run(make_config(tree), run, out=tmp_path / "own")
+    assert text.endswith(f"report: {tmp_path / 'own' / 'report.html'}")
+    own = json.loads((tmp_path / "own" / "localization.json").read_text())
+    for result, folder, split in ((own, tmp_path / "own", "val"), (*scored, "test")):
+        page = (folder.parent if split == "test" else folder) / "report.html"
+        text = page.read_text()
+        for kind, name in (("cam", "CAM"), ("localization", "localization map")):
+            row = re.search(rf"<tr><th>{name}</th>(.*?)</tr>", text)[1]
+            cells = re.findall(r">([^<]+)</td>", row)
+            assert cells[:5] == [f"{result[kind][c]:.2f}" for c in COLUMNS[:5]]
+            assert cells[5] == "-"  # no masks
+        main = f"<dt>MaxBoxAccV2, localization map</dt><dd>{cells[0]}</dd>"
+        assert main in text and "Top-1 Cls" in text
+        assert f"cub {split}, {own['protocol']['images'] if split == 'val' else 35} images" in text
+        assert "IoU per class" not in text and "undecided" not in text
+        assert "red." in text and text.count("<figcaption>localization map</figcaption>") == 6
+        assert 'alt="Validation scores over epochs"' in text
+        assert "http://" not in text.replace("http://www.w3.org", "")
+
+
 def test_a_threshold_is_chosen_on_another_split(run, tree, tmp_path):
     arguments = [str(run), "--split", "test", "--step", str(STEP), "--out", str(tmp_path)]
     assert evaluate_wsol([*arguments, "--threshold", "val"]) == 0
@@ -250,7 +275,11 @@ def test_masks_give_pxap_alone(run, tree, tmp_path):
     with pytest.raises(InputError, match="mask_root"):
         evaluate_run_localization(model, dataset, **options)
     keep = {"save": tmp_path / "maps", "mask_root": root / "masks"}
-    result = evaluate_run_localization(model, dataset, **options, **keep)
+    page = page_of(make_config(tree), run, dataset)
+    result = evaluate_run_localization(model, dataset, **options, **keep, page=page)
+    text = (tmp_path / "report.html").read_text()
+    assert f"<dt>PxAP, localization map</dt><dd>{result['localization']['PxAP']:.2f}</dd>" in text
+    assert "MaxBoxAccV2," not in text and "no box" in text
     stored = evaluate_scoremaps(
         tmp_path / "maps/cam", read_metadata(dataset.metadata, root / "masks"), step=0.01
     )

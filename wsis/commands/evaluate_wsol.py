@@ -53,6 +53,7 @@ def evaluate_wsol(arguments: list[str]) -> int:
         raise InputError("--scoremaps and --metadata go together, and with no run folder")
 
     from wsis.evaluate import localize
+    from wsis.evaluate.localize_report import describe_localization, format_localization
 
     rules: dict[str, Any] = {"step": options.step}
     number = _number(options.threshold)
@@ -72,14 +73,14 @@ def evaluate_wsol(arguments: list[str]) -> int:
         result = localize.evaluate_scoremaps(options.scoremaps, truth, **rules)
         if options.out is not None:
             write_json_atomic(Path(options.out) / "localization.json", result)
-        print(localize.format_localization({"score maps": result}))
+        print(format_localization({"score maps": result}))
         print(f"protocol: {result['protocol']['line']}")
     else:
         from dataclasses import asdict
 
         from wsis.engine.build import open_split
         from wsis.evaluate.protocols import Protocol
-        from wsis.evaluate.trained import load_model
+        from wsis.evaluate.trained import load_model, page_of
 
         folder = Path(options.run)
         config = load_config(folder / "config.yaml")
@@ -103,10 +104,11 @@ def evaluate_wsol(arguments: list[str]) -> int:
             out=out,
             side=config.data.crop if config.model.decoder == "object" else None,
             mask_root=options.mask_root,
+            page=page_of(config, folder, dataset),
             **rules,
         )
-        print(localize.describe_localization(result))
-        print(f"figures and pictures: {out}")
+        print(describe_localization(result))
+        print(f"report: {out / 'report.html'}")
     return 0
 
 

@@ -12,20 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from wsis.data.localization import Localization, read_truth
 from wsis.engine.logs import write_json_atomic
 from wsis.errors import InputError
 from wsis.evaluate.localization import FIXED, SIZE, mask_truth
+from wsis.evaluate.localize_report import draw_maps, write_localization_report
 from wsis.evaluate.protocols import Protocol, list_hash
-from wsis.evaluate.report import overlay_heat
 from wsis.evaluate.score_maps import Seen, kinds_of, seed_maps, square_maps
 from wsis.evaluate.scorer import Scorer
 from wsis.evaluate.sheet import write_grid
 from wsis.offline.masks import write_bytes_atomic
-from wsis.ops.score_boxes import score_boxes
 
 if TYPE_CHECKING:
     from wsis.data.dataset import Dataset
@@ -75,12 +73,14 @@ def evaluate_run_localization(
     tuning: Dataset | None = None,
     mask_root: str | Path | None = None,
     save: Path | None = None,
+    page: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Scores of a network's maps of the true class: its CAM, and its refined CAM where it has one.
 
     A network that was trained to localize has a localization map, too, and is asked for the class.
     Images are those whose boxes are of one class. Maps come from `wsis.evaluate.score_maps`, are
-    resized to 224 x 224 (bicubic) and scaled to [0, 1]. Writes ``localization.png``.
+    resized to 224 x 224 (bicubic) and scaled to [0, 1]. Writes ``localization.png`` and, for a
+    `page`, ``report.html``.
 
     Args:
         model: the network.
@@ -94,6 +94,7 @@ def evaluate_run_localization(
         tuning: another split, on whose boxes that threshold is chosen for each kind instead.
         mask_root: of the metadata's masks.
         save: where maps are kept: ``<kind>/<image id>.npy`` as `evaluate_scoremaps` reads them.
+        page: what the report says of the run (`wsis.evaluate.trained.page_of`); None writes none.
 
     Returns:
         JSON-ready: ``protocol``; ``cam``, ``refined``, ``localization`` (or None), each
@@ -140,33 +141,13 @@ def evaluate_run_localization(
     result |= {"refined": None, "localization": None, "classification": scorer.classification()}
     result |= scorer.scores()
     write_json_atomic(out / "localization.json", result)
-    _draw(out / "localization.png", dataset, truth, rows, kept, result)
-    return result
-
-
-def describe_localization(result: Mapping[str, Any]) -> str:
-    """What `evaluate_run_localization` found, as text for a terminal."""
-    names = {"cam": "CAM", "refined": "refined CAM", "localization": "localization map"}
-    rows = {name: result[kind] for kind, name in names.items() if result[kind] is not None}
-    classification = result["classification"] or {}
-    return "\n".join(
-        [
-            format_localization(rows),
-            *(f"{name}: {value:.2f}" for name, value in classification.items()),
-            f"protocol: {result['protocol']['line']}",
-        ]
+    panels = draw_maps(dataset, truth, rows, kept, result)
+    write_grid(
+        out / "localization.png", [[p for _, p in panel.pictures] for panel in panels], tile=256
     )
-
-
-def format_localization(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table of name -> scores, as plain text."""
-    columns = ("MaxBoxAccV2", "MaxBoxAcc", "GT-known", "Top-1 Loc", "Top-5 Loc", "PxAP")
-    lines = [f"{'':<17}" + "".join(f"{column:>13}" for column in columns)]
-    for name, scores in results.items():
-        values = (scores.get(column) for column in columns)
-        cells = (f"{'-':>13}" if value is None else f"{value:13.2f}" for value in values)
-        lines.append(f"{name:<17}" + "".join(cells))
-    return "\n".join(lines)
+    if page is not None:
+        write_localization_report(out / "report.html", result, dataset, panels, page)
+    return result
 
 
 # ---- scoring -----------------------------------------------------------------------------------
@@ -252,39 +233,3 @@ def _protocol(truth: Localization, line: str) -> dict[str, Any]:
     kind = "masks" if truth.masks else "boxes"
     line = f"{line}; {images}; {kind} of {truth.source}; {SIZE} x {SIZE}"
     return {"images": len(truth.ids), "list_hash": list_hash(truth.ids), "line": line}
-
-
-# ---- pictures ----------------------------------------------------------------------------------
-
-
-def _draw(
-    path: Path,
-    dataset: Dataset,
-    truth: Localization,
-    rows: list[int],
-    kept: Mapping[int, Mapping[str, NDArray[Any]]],
-    result: Mapping[str, Any],
-) -> None:
-    """A line per image: itself, then its maps; true boxes green, MaxBoxAcc's box red."""
-    lines = []
-    for n, maps in kept.items():
-        image = dataset.image(rows[n])
-        true = truth.boxes[truth.owner == n]
-        line = [_boxed(np.array(image), true, "lime")]
-        for kind, scores in maps.items():
-            large = np.array(Image.fromarray(scores.astype(np.float32)).resize(image.size))
-            heat = _boxed(overlay_heat(image, large[None]), true, "lime")
-            if not truth.masks:
-                at = result[kind]["MaxBoxAcc by overlap"]["0.5"]["threshold"]
-                found = score_boxes(scores, at, "largest") * np.tile(image.size, 2) / SIZE
-                heat = _boxed(heat, found, "red")
-            line.append(heat)
-        lines.append(line)
-    write_grid(path, lines, tile=256)
-
-
-def _boxed(pixels: NDArray[np.uint8], boxes: NDArray[Any], colour: str) -> NDArray[np.uint8]:
-    picture = Image.fromarray(pixels)
-    for box in boxes.tolist():
-        ImageDraw.Draw(picture).rectangle(box, outline=colour, width=3)
-    return np.array(picture)

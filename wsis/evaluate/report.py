@@ -43,7 +43,7 @@ SIDE = 320
 """Long side of a picture in the report, pixels."""
 
 _NO_CURVE = {"epoch", "step", "lr", "seconds"}
-_QUALITY = ("map", "miou", "iou", "accuracy")
+_QUALITY = ("map", "miou", "iou", "accuracy", "top1", "top5")
 _PLOT = (3.65, 2.6)  # inches: three plots fit beside each other
 _ACCENT = "#2f6f4f"
 _INK = "#3a3f44"
@@ -147,7 +147,7 @@ def write_report(
     title: str,
     summary: Mapping[str, Any],
     protocol: Mapping[str, Any],
-    scores: Mapping[str, Any],
+    scores: Mapping[str, Any] | None,
     classes: Sequence[str],
     history: Sequence[Mapping[str, Any]],
     config_text: str,
@@ -159,6 +159,7 @@ def write_report(
     curve: Mapping[str, Any] | None = None,
     quality: Mapping[str, Any] | None = None,
     sweep: Mapping[str, Any] | None = None,
+    localization: Mapping[str, Any] | None = None,
     hint: str = LABEL_HINT,
 ) -> None:
     """Write the page, whole or not at all. Nothing in it is loaded from elsewhere.
@@ -168,7 +169,8 @@ def write_report(
         title: name of the run.
         summary: label -> figure; the first is printed large.
         protocol: ``protocol`` of a result (`Protocol.as_dict`).
-        scores: ``scores`` of a result (`SegmentationScores.as_dict`).
+        scores: ``scores`` of a result (`SegmentationScores.as_dict`); None where no masks of
+            classes were scored.
         classes: the K foreground class names.
         history: rows of metrics.csv, one per epoch; numbers may be text, empty cells are left out.
         config_text: the run's configuration as YAML.
@@ -180,6 +182,7 @@ def write_report(
         curve: ``curve`` of `evaluate_segmentation`, or None.
         quality: result of `evaluate_cams`, or None.
         sweep: result of `wsis.evaluate.cam_sweep.sweep_cams`, or None.
+        localization: ``columns`` and ``rows``, of a table of name -> figures; or None.
         hint: what to know of the pictures.
 
     Raises:
@@ -187,6 +190,7 @@ def write_report(
     """
     colours = class_colours(mask_ids or range(1, len(classes) + 1))
     names = ["background", *classes]
+    iou_of_classes = scores["iou"] if scores else ()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -202,12 +206,13 @@ def write_report(
         scores=scores,
         rows=[
             {"name": name, "iou": iou, "colour": "#{:02x}{:02x}{:02x}".format(*colour)}
-            for name, iou, colour in zip(names, scores["iou"], colours, strict=False)
+            for name, iou, colour in zip(names, iou_of_classes, colours, strict=False)
         ],
         plots=_history_svgs(history),
         curve=None if curve is None else {**curve, "svg": _curve_svg(curve)},
         quality=quality,
         sweep=None if sweep is None else {**sweep, "svg": _sweep_svg(sweep)},
+        localization=localization,
         hint=hint,
         config_text=config_text,
         versions=list(versions.items()),

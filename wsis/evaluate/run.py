@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from wsis.config import TrainConfig
 from wsis.data.dataset import Dataset, open_dataset
@@ -19,7 +15,8 @@ from wsis.engine.logs import write_json_atomic
 from wsis.engine.quarantine import without_quarantined
 from wsis.errors import InputError
 from wsis.evaluate.cam_quality import evaluate_cams
-from wsis.evaluate.localize import describe_localization, evaluate_run_localization
+from wsis.evaluate.localize import evaluate_run_localization
+from wsis.evaluate.localize_report import describe_localization
 from wsis.evaluate.protocols import Protocol
 from wsis.evaluate.report import (
     LABEL_HINT,
@@ -34,7 +31,7 @@ from wsis.evaluate.segmentation import (
     evaluate_segmentation,
     format_table,
 )
-from wsis.evaluate.trained import checkpoint_words, load_model, read_about
+from wsis.evaluate.trained import checkpoint_words, load_model, page_of
 from wsis.models.network import Network
 
 
@@ -52,7 +49,8 @@ def evaluate_run(
     Processes of one `wsis.engine.distributed.session` share the images out; the first one writes
     what one process alone would write, the others return an empty text.
 
-    A run that was trained to localize is scored as by `wsis evaluate wsol` instead.
+    A run that was trained to localize is scored as by `wsis evaluate wsol` instead, and writes
+    `localization.json`, `localization.png` and `report.html`.
     Writes `metrics.json`, `report.html` and `masks/` (palette PNGs). Numbers that need ground truth
     are left out where there is none.
 
@@ -150,8 +148,9 @@ def _localize(config: TrainConfig, folder: Path, weights: str, out: Path) -> str
         protocol=Protocol(**asdict(config.predict), checkpoint=weights),
         out=out,
         side=config.data.crop,
+        page=page_of(config, folder, dataset),
     )
-    return f"{describe_localization(result)}\nfigures and pictures: {out}"
+    return f"{describe_localization(result)}\nreport: {out / 'report.html'}"
 
 
 def _choice(config: TrainConfig) -> str:
@@ -200,27 +199,13 @@ def _report(
 
     count = config.report_images
     best, worst = best_and_worst(result["images"], max(1, count // 2) if count else 0)
-    history = []
-    if (metrics := folder / "metrics.csv").exists():
-        with open(metrics, newline="", encoding="utf-8") as file:
-            history = list(csv.DictReader(file))
-    about = read_about(folder)
     write_report(
         out / "report.html",
-        title=folder.name,
+        **page_of(config, folder, dataset),
         summary=_summary(result, quality),
         protocol=result["protocol"],
         scores=result["scores"],
         classes=dataset.classes,
-        history=history,
-        config_text=yaml.safe_dump(json.loads(json.dumps(config.as_dict())), sort_keys=False),
-        versions=about["versions"]
-        | {
-            "train images": _images(**about["train"]),
-            "scored images": _images(
-                dataset.name, dataset.split, len(dataset), dataset.fingerprint()
-            ),
-        },
         panels=panels(sample_indices(len(dataset), count)),
         best=panels(best),
         worst=panels(worst),
@@ -229,7 +214,3 @@ def _report(
         quality=quality,
         hint=LABEL_HINT if cams else MASK_HINT,
     )
-
-
-def _images(name: str, split: str, images: int, fingerprint: str, **_: Any) -> str:
-    return f"{name} {split}, {images} images, {fingerprint[:12]}"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from wsis.config import TrainConfig
-from wsis.data.dataset import read_json
+from wsis.data.dataset import Dataset, read_json
 from wsis.engine.build import build_model
 from wsis.engine.checkpoint import CheckpointStore
 from wsis.engine.device import pick_device
@@ -83,3 +86,35 @@ def read_about(folder: Path) -> dict[str, Any]:
 def checkpoint_words(weights: str) -> str:
     """What a protocol says of the weights that `load_model` takes."""
     return {"best": "best on val labels"}.get(weights, weights)
+
+
+def page_of(config: TrainConfig, folder: Path, scored: Dataset) -> dict[str, Any]:
+    """What a report says of the run itself: arguments of `wsis.evaluate.report.write_report`.
+
+    Args:
+        config: the run.
+        folder: its folder.
+        scored: the images that the report is of.
+
+    Raises:
+        InputError: the folder lacks what training writes.
+    """
+    history = []
+    if (metrics := folder / "metrics.csv").exists():
+        with open(metrics, newline="", encoding="utf-8") as file:
+            history = list(csv.DictReader(file))
+    about = read_about(folder)
+    return {
+        "title": folder.name,
+        "history": history,
+        "config_text": yaml.safe_dump(json.loads(json.dumps(config.as_dict())), sort_keys=False),
+        "versions": about["versions"]
+        | {
+            "train images": _images(**about["train"]),
+            "scored images": _images(scored.name, scored.split, len(scored), scored.fingerprint()),
+        },
+    }
+
+
+def _images(name: str, split: str, images: int, fingerprint: str, **_: Any) -> str:
+    return f"{name} {split}, {images} images, {fingerprint[:12]}"

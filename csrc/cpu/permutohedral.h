@@ -31,10 +31,13 @@ inline int axis_halves(int32_t dims) { return dims < 3 ? 1 : 2; }
 inline int half_begin(int half, int32_t dims) {
   return half == 0 ? 0 : half == axis_halves(dims) ? dims + 1 : (dims + 1) / 2;
 }
-inline int32_t chunks_for(int64_t vertices, int32_t dims) {
+inline int32_t most_chunks(int64_t vertices) {
   int32_t chunks = 1;
-  while (dims >= 3 && chunks < 1 << 16 && vertices / chunks > 1024) chunks *= 2;
+  while (chunks < 1 << 16 && vertices / chunks > 1024) chunks *= 2;
   return chunks;
+}
+inline int32_t chunks_for(int64_t vertices, int32_t dims) {
+  return dims < 3 ? 1 : most_chunks(vertices);
 }
 
 struct Lattice {

@@ -65,7 +65,7 @@ bool find_range(const Points& points, float* low, float* high) {
 template <class Key, int kDims>
 struct EmbedTiles {
   static constexpr int kMost = kDims ? kDims : kMaxDims;
-  static constexpr int kBits = kDims == 2 ? 9 : kDims ? 10 : 13;
+  static constexpr int kBits = kDims == 2 ? 10 : kDims ? 11 : 13;
   static constexpr int32_t kPlaces = kTilePixels * (kMost + 1);
   static_assert((1 << kBits) > kPlaces + kPlaces / 4, "the table of a tile must not fill up");
 
@@ -83,14 +83,13 @@ struct EmbedTiles {
   // What is known of the pixels of one tile.
   struct Work {
     float features[kMost][kTilePixels];
-    int32_t corner[kMost + 1][kTilePixels];
-    int32_t by_rank[kMost + 1][kTilePixels];  // the coordinate of each rank
-    float order[kTilePixels];                 // all ranks as one number, for few dimensions
     float weight[kMost + 1][kTilePixels];
-    Key keys[kPlaces];
-    int16_t counts[kPlaces], moved[kPlaces];
+    Key key[kMost + 1][kTilePixels];        // of each corner
+    uint32_t home[kMost + 1][kTilePixels];  // where the search for it begins
     Key origin, step[kMost + 1];  // the key of coordinates 0, and what a corner adds to the one before
-    uint16_t table[1 << kBits];
+    Key keys[kPlaces];            // of the distinct vertices
+    int16_t counts[kPlaces], moved[kPlaces];
+    uint16_t table[1 << kBits];  // numbers of vertices, or 0xffff
   };
 
   template <int kBytes>
@@ -136,53 +135,89 @@ struct EmbedTiles {
       for (int j = 0; j < dims; ++j) work.features[j][p] = work.features[j][0];
   }
 
+  // Weights and keys of the corners of as many pixels as V has lanes.
   template <class V>
   WSIS_INLINE void place(int p, Work& work) const {
+    constexpr int kLanes = sizeof(V) / sizeof(float);
     using Integers = Vector<int32_t, sizeof(V)>;
     const int dims = kDims ? kDims : layout.dims;
     V features[kMost], corner[kMost + 1], rank[kMost + 1], weight[kMost + 1];
     for (int j = 0; j < dims; ++j) features[j] = load<V>(&work.features[j][p]);
     kernels::embed<kDims>(features, scale, dims, corner, rank, weight);
-    V order{};
+    int32_t corners[kMost + 1][kLanes], ranks[kMost + 1][kLanes];
     for (int i = 0; i <= dims; ++i) {
-      store(&work.corner[i][p], __builtin_convertvector(corner[i], Integers));
       store(&work.weight[i][p], weight[i]);
-      if constexpr (kDims != 0) order = order * 8.0f + rank[i];
-      V coordinate{};
-      for (int j = 1; j <= dims; ++j)
-        coordinate = rank[j] == V{} + static_cast<float>(i) ? V{} + static_cast<float>(j) : coordinate;
-      store(&work.by_rank[i][p], __builtin_convertvector(coordinate, Integers));
+      store(corners[i], __builtin_convertvector(corner[i], Integers));
+      store(ranks[i], __builtin_convertvector(rank[i], Integers));
     }
-    store(&work.order[p], order);
+    // Keys are wider than what they are made of: half a vector at once, or one.
+    constexpr bool kVectors = sizeof(Key) == sizeof(uint64_t);
+    constexpr int kStep = kVectors ? kLanes / 2 : 1;
+    using Keys = std::conditional_t<kVectors, Vector<uint64_t, sizeof(V)>, Key>;
+    for (int lane = 0; lane < kLanes; lane += kStep) {
+      Keys corner_of[kMost + 1], rank_of[kMost + 1];
+      for (int i = 0; i <= dims; ++i) {
+        corner_of[i] = widened<Keys>(corners[i] + lane);
+        rank_of[i] = widened<Keys>(ranks[i] + lane);
+      }
+      make_keys(p + lane, corner_of, rank_of, work);
+    }
+  }
+
+  template <class Keys>
+  WSIS_INLINE Keys widened(const int32_t* from) const {
+    if constexpr (std::is_same_v<Keys, Key>) {
+      return static_cast<Key>(int64_t{*from});
+    } else {
+      using Signed = Vector<int64_t, sizeof(Keys)>;
+      const auto integers = load<Vector<int32_t, sizeof(Keys) / 2>>(from);
+      const Signed values = __builtin_convertvector(integers, Signed);
+      return load<Keys>(&values);
+    }
+  }
+
+  // The keys of all corners of pixels whose corner 0 and ranks are given, and their homes.
+  template <class Keys>
+  WSIS_INLINE void make_keys(int p, const Keys* corner, const Keys* rank, Work& work) const {
+    const int dims = kDims ? kDims : layout.dims;
+    Keys key = Keys{} + work.origin;
+    for (int i = 0; i < dims; ++i) key += corner[i] * layout.unit[i];
+    for (int r = 0; r <= dims; ++r) {
+      const Keys moved = Keys{} + static_cast<Key>(dims - r + 1);  // the rank of what moves from r - 1
+      for (int i = 0; r > 0 && i <= dims; ++i)
+        key += rank[i] == moved ? Keys{} + work.step[i] : Keys{};
+      store(&work.key[r][p], key);
+      const auto home = kernels::mix(key) >> (64 - kBits);
+      if constexpr (std::is_same_v<Keys, Key>)
+        work.home[r][p] = static_cast<uint32_t>(home);
+      else
+        store(&work.home[r][p],
+              __builtin_convertvector(home, Vector<uint32_t, sizeof(Keys) / 2>));
+    }
   }
 
   // Numbers the distinct vertices of a tile as they come; returns how many.
   WSIS_INLINE int32_t list(int pixels, int16_t* slot, float* weight, Work& work) const {
     const int dims = kDims ? kDims : layout.dims;
-    std::memset(work.table, 0, sizeof(work.table));
+    std::memset(work.table, 0xff, sizeof(work.table));
+    std::memset(work.counts, 0, sizeof(work.counts));
     int32_t count = 0;
-    Key before = 0;
     for (int p = 0; p < pixels; ++p, slot += dims + 1, weight += dims + 1) {
-      for (int r = 0; r <= dims; ++r) weight[r] = work.weight[r][p];
-      Key key = work.origin;
-      for (int i = 0; i < dims; ++i)
-        key += static_cast<Key>(static_cast<int64_t>(work.corner[i][p])) * layout.unit[i];
-      if (kDims != 0 && p > 0 && key == before && work.order[p] == work.order[p - 1]) {
-        for (int r = 0; r <= dims; ++r) ++work.counts[slot[r] = slot[r - dims - 1]];
-        continue;
-      }
-      before = key;
       for (int r = 0; r <= dims; ++r) {
-        if (r > 0) key += work.step[work.by_rank[dims - r + 1][p]];
-        uint32_t at = static_cast<uint32_t>(kernels::mix(key) >> (64 - kBits));
-        while (work.table[at] && work.keys[work.table[at] - 1] != key) at = (at + 1) % (1 << kBits);
-        if (!work.table[at]) {
-          work.keys[count] = key;
-          work.counts[count] = 0;
-          work.table[at] = static_cast<uint16_t>(++count);
+        weight[r] = work.weight[r][p];
+        const Key key = work.key[r][p];
+        uint32_t at = work.home[r][p];
+        // Nobody could predict whether a vertex is new: it is written in any case, and counts if so.
+        work.keys[count] = key;
+        int32_t number = std::min<int32_t>(work.table[at], count);
+        while (work.keys[number] != key) {
+          at = (at + 1) % (1 << kBits);
+          number = std::min<int32_t>(work.table[at], count);
         }
-        slot[r] = static_cast<int16_t>(work.table[at] - 1);
-        ++work.counts[slot[r]];
+        work.table[at] = static_cast<uint16_t>(number);
+        slot[r] = static_cast<int16_t>(number);
+        ++work.counts[number];
+        count += number == count;
       }
     }
     return count;
@@ -201,13 +236,14 @@ struct EmbedTiles {
       to[place] = work.keys[v];
       to_counts[place] = work.counts[v];
     }
-    for (int32_t v = 0, next = 0; v < count; ++v) {
-      work.counts[v] = static_cast<int16_t>(next);
-      next += to_counts[v];
+    for (int32_t place = 0, next = 0; place < count; ++place) {
+      work.counts[place] = static_cast<int16_t>(next);
+      next += to_counts[place];
     }
     for (int32_t e = 0; e < corners; ++e) {
-      slot[e] = work.moved[slot[e]];
-      entry[work.counts[slot[e]]++] = static_cast<int16_t>(e);
+      const int16_t place = work.moved[slot[e]];
+      slot[e] = place;
+      entry[work.counts[place]++] = static_cast<int16_t>(e);
     }
   }
 };
@@ -245,6 +281,7 @@ Sizes embed(const Points& points, int32_t parts, int64_t* memory, int16_t* slots
   float scale[kMaxDims], low[kMaxDims], high[kMaxDims];
   if (!find_range(points, low, high)) return {-1, 0};
   for (int i = 0; i < dims; ++i) scale[i] = kernels::axis_scale(i, dims);
+  prefer_huge_pages(memory, lattice_scratch_size(tiles.pixels(), dims) * int64_t{sizeof(*memory)});
   prefer_huge_pages(slots, tiles.pixels() * (dims + 1) * int64_t{sizeof(*slots)});
   prefer_huge_pages(weights, tiles.pixels() * (dims + 1) * int64_t{sizeof(*weights)});
   prefer_huge_pages(entries, tiles.pixels() * (dims + 1) * int64_t{sizeof(*entries)});

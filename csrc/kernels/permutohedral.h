@@ -184,11 +184,15 @@ void make_random_layout(int dims, KeyLayout<Key>* layout) {
   }
 }
 
-WSIS_HD uint64_t mix(uint64_t key) { return (key ^ (key >> 32)) * uint64_t{0x9e3779b97f4a7c15}; }
+// A hash whose high bits are the good ones. Key is uint64_t or a vector of them.
+template <class Key>
+WSIS_HD Key mix(Key key) {
+  return (key ^ (key >> 32)) * uint64_t{0x9e3779b97f4a7c15};
+}
 #if defined(__SIZEOF_INT128__) && !defined(__CUDACC__)
 WSIS_HD uint64_t mix(unsigned __int128 key) {
   const uint64_t high = static_cast<uint64_t>(key >> 64) * uint64_t{0xc2b2ae3d27d4eb4f};
-  return mix(static_cast<uint64_t>(key) ^ high);
+  return mix<uint64_t>(static_cast<uint64_t>(key) ^ high);
 }
 #endif
 

@@ -233,9 +233,9 @@ struct Pass {
 
 // Rows of vertices times a matrix [C, C], in place.
 template <class T>
-void mix_rows(const double* matrix, int32_t labels, int32_t stride, int64_t rows, int32_t parts,
+void mix_rows(const double* matrix, int32_t labels, int32_t stride, int64_t rows, const Crew& crew,
               T* table) {
-  parallel_for(rows, parts, [&](int, int64_t begin, int64_t end) {
+  crew.share(rows, [&](int, int64_t begin, int64_t end) {
     std::vector<T> mixed(labels);
     for (T* row = table + begin * stride; row != table + end * stride; row += stride) {
       for (int32_t c = 0; c < labels; ++c) {
@@ -253,37 +253,40 @@ template <class T>
 bool infer(const CrfCall& call, const Memory& memory, bool shift, const T* unary, const T* start,
            T* scratch, T* probs, uint8_t* bytes, int32_t* integers) {
   const Tiles tiles(call.height, call.width);
-  const int32_t stride = memory.stride;
-  std::vector<const T*> sources(call.num_terms);
-  std::vector<T*> targets(call.num_terms);
-  for (int32_t k = 0; k < call.num_terms; ++k) {
-    targets[k] = scratch + memory.tables[k];
-    sources[k] = targets[k] + round_up(call.terms[k].lattice.vertices * stride);
-  }
+  const int32_t stride = memory.stride, terms = call.num_terms;
+  std::vector<std::vector<const T*>> sides(terms);
+  for (int32_t k = 0; k < terms; ++k)
+    for (int64_t offset : memory.side[k]) sides[k].push_back(scratch + offset);
   // Where there is a result, the kept unaries lie in its place: the last pass reads the originals.
   T* logits = probs ? probs : scratch + memory.logits;
   std::vector<Sums<T>> sums(call.parts);
-  for (int32_t i = 0; i <= call.iterations; ++i) {
-    const bool last = i == call.iterations, first = i == 0;
-    parallel_for(tiles.count(), call.parts, [&](int part, int64_t begin, int64_t end) {
-      dispatch(Pass<T>{call, memory, tiles, unary, start, logits, first && call.iterations > 1,
-                       first || last, last, first, shift, sources, targets,
-                       scratch, scratch, probs, bytes, integers, part, begin, end, &sums[part]});
-    });
-    if (last) break;
-    for (int32_t k = 0; k < call.num_terms; ++k) {
-      const Term& term = call.terms[k];
-      std::vector<const T*> sides;
-      for (int64_t offset : memory.side[k]) sides.push_back(scratch + offset);
-      add_aside(term.lattice, stride, sides, targets[k]);
-      blur(term.lattice, stride, false, call.parts, targets[k]);
-      if (term.full)
-        mix_rows(term.mix, call.labels, stride, term.lattice.vertices, call.parts, targets[k]);
-      T* blurred = targets[k];
-      targets[k] = const_cast<T*>(sources[k]);
-      sources[k] = blurred;
+  with_crew(call.parts, [&](const Crew& crew) {
+    std::vector<const T*> sources(terms);
+    std::vector<T*> targets(terms);
+    for (int32_t k = 0; k < terms; ++k) {
+      targets[k] = scratch + memory.tables[k];
+      sources[k] = targets[k] + round_up(call.terms[k].lattice.vertices * stride);
     }
-  }
+    for (int32_t i = 0; i <= call.iterations; ++i) {
+      const bool last = i == call.iterations, first = i == 0;
+      crew.share(tiles.count(), [&](int part, int64_t begin, int64_t end) {
+        dispatch(Pass<T>{call, memory, tiles, unary, start, logits, first && call.iterations > 1,
+                         first || last, last, first, shift, sources, targets,
+                         scratch, scratch, probs, bytes, integers, part, begin, end, &sums[part]});
+      });
+      if (last) break;
+      for (int32_t k = 0; k < terms; ++k) {
+        const Term& term = call.terms[k];
+        add_aside(term.lattice, stride, sides[k], crew, targets[k]);
+        blur(term.lattice, stride, false, crew, targets[k]);
+        if (term.full)
+          mix_rows(term.mix, call.labels, stride, term.lattice.vertices, crew, targets[k]);
+        T* blurred = targets[k];
+        targets[k] = const_cast<T*>(sources[k]);
+        sources[k] = blurred;
+      }
+    }
+  });
   for (const Sums<T>& part : sums)
     if (!part.sound()) return false;
   return true;

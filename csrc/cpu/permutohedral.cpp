@@ -127,20 +127,22 @@ void filter(const Lattice& lattice, const FilterCall& call, const T* values, T* 
     const auto buffers_of = [&](int part) {
       return TileBuffers<T>(buffers + part * memory.buffer, stride, memory.longest);
     };
-    const int64_t tiles = lattice.tiles.count();
-    parallel_for(tiles, call.parts, [&](int part, int64_t begin, int64_t end) {
-      const uint32_t own = part == 0 ? 0 : first_own(lattice, part, call.parts);
-      dispatch(Splat<T>{lattice, call.before, values + first * plane, channels, stride, begin, end, own,
-                        table, side + memory.side[part] * stride, buffers_of(part)});
-    });
     std::vector<const T*> sides;
     for (int32_t part = 0; part < call.parts; ++part)
       sides.push_back(side + memory.side[part] * stride);
-    add_aside(lattice, stride, sides, table);
-    blur(lattice, stride, call.reverse, call.parts, table);
-    parallel_for(tiles, call.parts, [&](int part, int64_t begin, int64_t end) {
-      dispatch(Slice<T>{lattice, call.after, table, factors, channels, stride, begin, end,
-                        buffers_of(part), result + first * plane});
+    const int64_t tiles = lattice.tiles.count();
+    with_crew(call.parts, [&](const Crew& crew) {
+      crew.share(tiles, [&](int part, int64_t begin, int64_t end) {
+        const uint32_t own = part == 0 ? 0 : first_own(lattice, part, call.parts);
+        dispatch(Splat<T>{lattice, call.before, values + first * plane, channels, stride, begin, end,
+                          own, table, side + memory.side[part] * stride, buffers_of(part)});
+      });
+      add_aside(lattice, stride, sides, crew, table);
+      blur(lattice, stride, call.reverse, crew, table);
+      crew.share(tiles, [&](int part, int64_t begin, int64_t end) {
+        dispatch(Slice<T>{lattice, call.after, table, factors, channels, stride, begin, end,
+                          buffers_of(part), result + first * plane});
+      });
     });
   }
 }

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "cpu/parallel.h"
+#include "cpu/crew.h"
 #include "cpu/permutohedral.h"
 #include "cpu/row_vectors.h"
 
@@ -90,21 +90,20 @@ struct BlurChunks {
 };
 
 template <class T>
-void blur(const Lattice& lattice, int32_t stride, bool reverse, int32_t parts, T* table) {
+void blur(const Lattice& lattice, int32_t stride, bool reverse, const Crew& crew, T* table) {
   const int32_t dims = lattice.dims, chunks = chunks_for(lattice.vertices, dims);
   if (chunks == 1) {
     for (int32_t i = 0; i <= dims; ++i) {
       const int32_t axis = reverse ? dims - i : i;
       const uint32_t* lines = lattice.lines + axis * lattice.vertices;
       const int64_t count = lattice.cuts[2 * axis + 1];
-      // Starting a thread costs more than blurring some thousand rows.
-      const int64_t most = 1 + count * stride / (1 << 17);
-      parallel_for(count, static_cast<int>(std::min<int64_t>(parts, most)),
-                   [&](int, int64_t begin, int64_t end) {
-                     while (begin < end && !(lines[begin] & kFlag)) ++begin;  // whole lines
-                     while (end < count && !(lines[end] & kFlag)) ++end;
-                     if (begin < end) dispatch(BlurLines<T>{table, stride, lines, begin, end});
-                   });
+      // Handing rows to another thread costs more than blurring some of them.
+      const int64_t most = 1 + count * stride / (1 << 15);
+      crew.share(count, most, [&](int, int64_t begin, int64_t end) {
+        while (begin < end && !(lines[begin] & kFlag)) ++begin;  // whole lines
+        while (end < count && !(lines[end] & kFlag)) ++end;
+        if (begin < end) dispatch(BlurLines<T>{table, stride, lines, begin, end});
+      });
     }
     return;
   }
@@ -113,7 +112,7 @@ void blur(const Lattice& lattice, int32_t stride, bool reverse, int32_t parts, T
     const int32_t half = reverse ? halves - 1 - i : i;
     int32_t first = half_begin(half, dims), last = half_begin(half + 1, dims) - 1;
     if (reverse) std::swap(first, last);
-    parallel_for(chunks, parts, [&](int, int64_t begin, int64_t end) {
+    crew.share(chunks, [&](int, int64_t begin, int64_t end) {
       dispatch(BlurChunks<T>{lattice, table, stride, chunks, first, last, begin, end});
     });
   }

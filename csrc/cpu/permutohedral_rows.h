@@ -5,9 +5,10 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
-#include "cpu/parallel.h"
+#include "cpu/crew.h"
 #include "cpu/permutohedral.h"
 #include "cpu/row_vectors.h"
 
@@ -242,38 +243,65 @@ struct SplatTile {
   }
 
   template <bool kAllOwn, class Row>
-  WSIS_INLINE void add(Row sum, int32_t at) const {
+  WSIS_INLINE void add(Row, int32_t at) const {
     // Copies, as the compiler has to assume that a row that is written may be one of these.
-    const int16_t *entry = of.entries, *counts = of.counts;
-    const uint32_t* rows = of.rows;
-    const int32_t *offset = offsets, listed = of.listed, step = stride;
+    const int16_t *entry = of.entries, *count = of.counts;
+    const int16_t* const end = count + of.listed;
+    const uint32_t* row = of.rows;
+    const int32_t *offset = offsets, step = stride;
     const T *values = pixels + at, *weight = weights;
     T *aside_at = side + at, *base = table + at;
-    Row other;
-    for (int32_t v = 0; v < listed; ++v) {
-      sum.clear();
-      other.clear();
-      int32_t count = counts[v];
-      if (count & 1) {
-        sum.add(values + offset[*entry], weight[*entry]);
-        ++entry;
-      }
-      for (count >>= 1; count > 0; --count, entry += 2) {  // two sums: neither waits for the other
-        sum.add(values + offset[entry[0]], weight[entry[0]]);
-        other.add(values + offset[entry[1]], weight[entry[1]]);
-      }
-      sum.add(other);
-      const uint32_t row = rows[v];
-      if (!kAllOwn && (row & ~kFlag) < own) {
+    const uint32_t from = own;
+
+    const auto put = [&](Row& sum) WSIS_LAMBDA_INLINE {
+      const uint32_t number = *row++;
+      ++count;
+      if (!kAllOwn && (number & ~kFlag) < from) {
         sum.write(aside_at);
         aside_at += step;
-        continue;
+        return;
       }
       // Masked, not branched over: nobody could predict it.
-      T* to = base + int64_t{row & ~kFlag} * step;
-      sum.add_if(to, ~(static_cast<int32_t>(row) >> 31));
+      T* to = base + int64_t{number & ~kFlag} * step;
+      sum.add_if(to, ~(static_cast<int32_t>(number) >> 31));
       sum.write(to);
+    };
+    // Vertices of few entries, of the same number each time.
+    const auto vertices = [&](auto constant) WSIS_LAMBDA_INLINE {
+      constexpr int kCount = decltype(constant)::value;
+      while (count != end && *count == kCount) {
+        Row sum;
+        sum.clear();  // a product alone would become one operation with the addition in put()
+        for (int i = 0; i < kCount; ++i) sum.add(values + offset[entry[i]], weight[entry[i]]);
+        entry += kCount;
+        put(sum);
+      }
+    };
+    // Others: four entries at once, and then always three, so that the number of rounds, which
+    // falls slowly from vertex to vertex, is all that there is to predict.
+    while (count != end && *count > 4) {
+      Row sum, other;  // neither waits for the other
+      sum.clear();
+      other.clear();
+      for (int32_t rounds = *count >> 2; rounds > 0; --rounds, entry += 4) {
+        sum.add(values + offset[entry[0]], weight[entry[0]]);
+        other.add(values + offset[entry[1]], weight[entry[1]]);
+        sum.add(values + offset[entry[2]], weight[entry[2]]);
+        other.add(values + offset[entry[3]], weight[entry[3]]);
+      }
+      const int32_t left = *count & 3;
+      for (int32_t i = 0; i < 3; ++i) {
+        const int16_t e = entry[i < left ? i : -1];
+        sum.add(values + offset[e], i < left ? weight[e] : T(0));
+      }
+      entry += left;
+      sum.add(other);
+      put(sum);
     }
+    vertices(std::integral_constant<int, 4>{});
+    vertices(std::integral_constant<int, 3>{});
+    vertices(std::integral_constant<int, 2>{});
+    vertices(std::integral_constant<int, 1>{});
     *aside = aside_at - at;
   }
 };
@@ -299,13 +327,15 @@ inline int64_t aside(const Lattice& lattice, int32_t part, int32_t parts) {
   return count;
 }
 
-// Adds what the parts put aside (at `sides`, of each part), in the order of the tiles: the sums are those of one thread.
+// Adds what the parts put aside (at `sides`, of each part), in the order of the tiles: the sums are
+// those of one thread.
 template <class T>
-void add_aside(const Lattice& lattice, int32_t stride, const std::vector<const T*>& sides, T* table) {
-  const int32_t parts = static_cast<int32_t>(sides.size());
+void add_aside(const Lattice& lattice, int32_t stride, const std::vector<const T*>& sides,
+               const Crew& crew, T* table) {
   const int64_t tiles = lattice.tiles.count();
+  const int32_t parts = crew.parts();
   if (parts == 1) return;
-  parallel_for(lattice.vertices, parts, [&](int, int64_t begin, int64_t end) {
+  crew.share(lattice.vertices, [&](int, int64_t begin, int64_t end) {
     for (int32_t part = 1; part < parts; ++part) {
       const T* from = sides[part];
       const uint32_t own = first_own(lattice, part, parts);

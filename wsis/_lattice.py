@@ -11,6 +11,7 @@ channels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -219,6 +220,27 @@ def normalisers(
         None if normalization == "after" else factors,
         None if normalization == "before" else factors,
     )
+
+
+@functools.lru_cache(maxsize=4)
+def places(
+    size: tuple[int, int],
+    spatial: tuple[float, float],
+    normalization: str,
+    empty: Empty,
+    threads: int = 1,
+) -> tuple[Lattice, Any, Any]:
+    """Lattice of pixels by position alone, and its `normalisers`.
+
+    They depend on the size of the image only, and most images of a data set have one of few: what
+    the last four calls made is kept, about 30 bytes per pixel each, and must not be written to.
+    ``empty`` must be the same object each time.
+
+    Raises:
+        InputError: widths that are not positive and finite, or unknown normalization.
+    """
+    lattice = build_image(size, empty, spatial=spatial, threads=threads)
+    return lattice, *normalisers(lattice, normalization, empty, threads=threads)
 
 
 def make_term(

@@ -178,6 +178,41 @@ def test_inference_mode_and_labels_without_gradient():
     assert not labels.requires_grad
 
 
+# ---- lattices of places ------------------------------------------------------------------------
+
+
+def test_places_of_one_size_are_made_once(monkeypatch):
+    made = []
+    build = _lattice.build_image
+
+    def counting(size, *rest, image=None, **keywords):
+        if image is None:
+            made.append(size)
+        return build(size, *rest, image=image, **keywords)
+
+    monkeypatch.setattr(_lattice, "build_image", counting)
+    sizes = [(9, 11), (11, 9), (9, 11), (9, 11), (8, 12), (7, 13), (6, 14), (9, 11), (6, 14)]
+    _lattice.places.cache_clear()
+    kept = [dense_crf(photograph(s), scores(3, s), preset="psa") for s in sizes]
+    assert made == [(9, 11), (11, 9), (8, 12), (7, 13), (6, 14)]  # (11, 9) is the oldest of five
+    for size, result in zip(sizes, kept, strict=True):
+        _lattice.places.cache_clear()
+        fresh = dense_crf(photograph(size), scores(3, size), preset="psa")
+        assert torch.equal(result, fresh)
+
+
+def test_places_made_for_inference_serve_a_gradient():
+    image, probs = photograph(TINY), scores(3, TINY)
+    _lattice.places.cache_clear()
+    with torch.inference_mode():
+        expected = dense_crf(image, probs, preset="psa").clone()
+    probs.requires_grad_()
+    got = dense_crf(image, probs, preset="psa")
+    got[:, 0].sum().backward()
+    assert torch.equal(got.detach(), expected)
+    assert probs.grad.abs().sum() > 0
+
+
 # ---- memory ------------------------------------------------------------------------------------
 
 

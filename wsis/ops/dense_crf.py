@@ -218,6 +218,10 @@ def _pairwise(preset: str | None, terms: Sequence[Pairwise] | None) -> Sequence[
 def _make_term(term: Pairwise, images: Tensor, classes: int) -> Any:
     if isinstance(term, Gaussian):
         size = (images.shape[2], images.shape[3])
+        if images.device.type == "cpu":
+            return permutohedral.place_term(
+                size, term.sxy, term.normalization, term.compat, classes
+            )
         lattice = permutohedral.gaussian_lattice(size, term.sxy, images.device)
     elif isinstance(term, Bilateral):
         lattice = permutohedral.bilateral_lattice(images, term.sxy, term.srgb)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    # Of a normalization and a number of threads: a lattice, and factors before and after it.
+    Basis = Callable[[str, int], tuple[_lattice.Lattice, Any, Any]]
+
 
 class KernelType(IntEnum):
     """Which parameters of a kernel learning may change; inference does not depend on it."""
@@ -45,6 +48,18 @@ class NormalizationType(IntEnum):
 CONST_KERNEL, DIAG_KERNEL, FULL_KERNEL = KernelType
 NO_NORMALIZATION, NORMALIZE_BEFORE, NORMALIZE_AFTER, NORMALIZE_SYMMETRIC = NormalizationType
 _NORMALIZATIONS = ("none", "before", "after", "symmetric")  # the lattice's words, in this order
+
+
+def _empty(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    return np.empty(shape, dtype)
+
+
+def _normalised(build: Callable[[int], _lattice.Lattice]) -> Basis:
+    def basis(normalization: str, threads: int) -> tuple[_lattice.Lattice, Any, Any]:
+        lattice = build(threads)
+        return lattice, *_lattice.normalisers(lattice, normalization, _empty, threads=threads)
+
+    return basis
 
 
 class Unary:
@@ -182,8 +197,10 @@ class DenseCRF:
                 f"got {tuple(features.shape)})"
             )
         self._add(
-            lambda threads: _lattice.build(
-                features[None], np.empty, size=self._size, threads=threads
+            _normalised(
+                lambda threads: _lattice.build(
+                    features[None], np.empty, size=self._size, threads=threads
+                )
             ),
             compat,
             kernel,
@@ -192,7 +209,7 @@ class DenseCRF:
 
     def _add(
         self,
-        build: Callable[[int], _lattice.Lattice],
+        basis: Basis,
         compat: Any,
         kernel: int,
         normalization: int,
@@ -204,10 +221,8 @@ class DenseCRF:
         if self._points == 0:
             return
         threads = arguments.threads()
-        term = _lattice.make_term(
-            build(threads), mix, norm, self._labels, np.empty, threads=threads
-        )
-        self._terms.append(term)
+        mix = _lattice.mix_of(mix, self._labels)
+        self._terms.append(_lattice.Term(*basis(norm, threads), mix))
 
     def inference(self, niter: int, /) -> MatrixXf:
         """Probabilities after so many iterations: ``[L, N] float32``, as a buffer."""
@@ -337,9 +352,7 @@ class DenseCRF2D(DenseCRF):
         """
         sx, sy = arguments.widths("sxy", sxy, 2)
         self._add(
-            lambda threads: _lattice.build_image(
-                self._size, np.empty, spatial=(sx, sy), threads=threads
-            ),
+            lambda norm, threads: _lattice.places(self._size, (sx, sy), norm, _empty, threads),
             compat,
             kernel,
             normalization,
@@ -382,14 +395,16 @@ class DenseCRF2D(DenseCRF):
             )
         (sx, sy), channels = arguments.widths("sxy", sxy, 2), arguments.widths("srgb", srgb, 3)
         self._add(
-            lambda threads: _lattice.build_image(
-                self._size,
-                np.empty,
-                spatial=(sx, sy),
-                image=image[None],
-                channels_last=True,
-                widths=channels,
-                threads=threads,
+            _normalised(
+                lambda threads: _lattice.build_image(
+                    self._size,
+                    np.empty,
+                    spatial=(sx, sy),
+                    image=image[None],
+                    channels_last=True,
+                    widths=channels,
+                    threads=threads,
+                )
             ),
             compat,
             kernel,

@@ -24,6 +24,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.pairs import paired_ratio
 from wsis.ops.dense_crf import PRESETS, Gaussian, dense_crf
 
 densecrf = pytest.importorskip("pydensecrf.densecrf", reason="needs pydensecrf2")
@@ -130,6 +131,10 @@ def test_crf(benchmark, name, way):
     benchmark.extra_info["baseline"] = way == "pydensecrf2"
     benchmark.extra_info["peak_mib"] = round(peak_mib(name, way))
     benchmark.pedantic(WAYS[way], args=(preset, *case), rounds=5, warmup_rounds=1)
+    if way != "wsis":
+        benchmark.extra_info["paired_ratio"] = paired_ratio(
+            lambda: WAYS[way](preset, *case), lambda: ours(preset, *case)
+        )
 
 
 # ---- photographs -------------------------------------------------------------------------------

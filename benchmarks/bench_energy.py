@@ -39,6 +39,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.pairs import paired_ratio
 from tests.reference import gated_crf as reference
 from wsis.compat import DenseEnergyLoss
 from wsis.ops import energy
@@ -245,6 +246,10 @@ def test_energy(benchmark, size, way):
     benchmark.extra_info["baseline"] = way == ("rloss" if RLOSS else "wsis_by_class")
     benchmark.extra_info["peak_mib"] = peak_mib("energy", way, BATCH, size)
     benchmark.pedantic(energy_step, args=(way, *case), rounds=9, warmup_rounds=1)
+    if way != "wsis":
+        benchmark.extra_info["paired_ratio"] = paired_ratio(
+            lambda: energy_step(way, *case), lambda: energy_step("wsis", *case)
+        )
 
 
 @pytest.mark.parametrize("way", FILTERS)
@@ -260,6 +265,11 @@ def test_filter(benchmark, way):
     benchmark.pedantic(
         lambda: apply(probs, lattice(image, 50.0, [15.0] * 3)), rounds=9, warmup_rounds=1
     )
+    if way != "wsis":
+        benchmark.extra_info["paired_ratio"] = paired_ratio(
+            lambda: apply(probs, lattice(image, 50.0, [15.0] * 3)),
+            lambda: FILTER(probs, LATTICE(image, 50.0, [15.0] * 3)),
+        )
 
 
 @pytest.mark.parametrize("way", ["wsis", "torch_shifted", "torch_unfold"])

@@ -41,7 +41,7 @@ def operators(name: str) -> str:
     for group, rows in groups.items():
         ours = rows.pop("wsis")
         for how, other in rows.items():
-            ratio = other["median_ms"] / ours["median_ms"]
+            ratio = other.get("paired_ratio", other["median_ms"] / ours["median_ms"])
             cells = [group, f"{ours['median_ms']:.2f}", how, f"{other['median_ms']:.2f}"]
             cells.append(f"{ratio:.1f}" if ratio >= 0.1 else f"{ratio:.2f}")
             if memory:

@@ -190,7 +190,7 @@ def _filter(
 ) -> Tensor:
     """``after * (A (before * values))``, the factors ``[B, 1, h, w]``; gradient to the values.
 
-    Factors of float32 are applied to the weights of the lattice instead: no further pass.
+    With float32 the filter applies them where it reads and writes: no further pass.
     """
     if values.dtype == torch.float32:
         first, last = (None if x is None else x.flatten(1).contiguous() for x in (before, after))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,19 @@ def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[st
     return subprocess.run(
         command(*arguments), capture_output=True, text=True, timeout=240, check=False, **options
     )
+
+
+def run_twice_at_once(port: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run `wsis` in two processes of one torchrun; it must succeed."""
+    line = command(*arguments)
+    launch = [line[0], "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    done = subprocess.run(
+        [*launch, *line[1:]],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done

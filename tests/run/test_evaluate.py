@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.run.conftest import command
+from tests.run.conftest import run_twice_at_once
 from wsis.cli import main
 
 
@@ -83,17 +82,7 @@ def test_predict_writes_masks_and_overlays(trained, tree, tmp_path, capsys):
 def test_two_processes_evaluate_as_one(trained, tmp_path):
     """The files of one process: figures byte for byte, and every mask; each image once."""
     assert main(["evaluate", str(trained), "--out", str(tmp_path / "one")]) == 0
-    line = command("evaluate", trained, "--out", tmp_path / "two")
-    launch = [line[0], "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29519"]
-    done = subprocess.run(
-        [*launch, *line[1:]],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_twice_at_once(29519, "evaluate", trained, "--out", tmp_path / "two")
     assert done.stdout.count("report: ") == 1  # one process speaks
     one, two = (sorted((tmp_path / k).rglob("*")) for k in ("one", "two"))
     assert [p.name for p in one] == [p.name for p in two]

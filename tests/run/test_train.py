@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.run.conftest import command, run, write_tree
+from tests.run.conftest import run, run_twice_at_once, write_tree
 from wsis.cli import main
 from wsis.commands.train import load_config
 from wsis.engine.trainer import NonFiniteError, Trainer
@@ -172,17 +170,8 @@ def test_two_processes_train_and_end_together(trained, tmp_path):
 
 def test_two_processes_train_the_supervised_twin(trained, tmp_path):
     flags = ["--supervision", "masks", "--optim.epochs", "2", "--report_images", "0"]
-    line = command("train", "--config", trained / "config.yaml", "--out", tmp_path / "ddp", *flags)
-    launch = [line[0], "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29518"]
-    done = subprocess.run(
-        [*launch, *line[1:]],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    config, out = trained / "config.yaml", tmp_path / "ddp"
+    done = run_twice_at_once(29518, "train", "--config", config, "--out", out, *flags)
     assert "2 processes: global batch 4, 2 images each" in done.stdout
     assert json.loads((tmp_path / "ddp" / "metrics.json").read_text())["cams"] is None
 

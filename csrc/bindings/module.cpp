@@ -8,6 +8,7 @@
 namespace wsis {
 
 void bind_buffer(py::module_& m);
+void bind_memory(py::module_& m);
 void bind_confusion(py::module_& m);
 void bind_normalize(py::module_& m);
 void bind_gated_crf(py::module_& m);
@@ -48,6 +49,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &wsis::build_info);
   wsis::bind_buffer(m);
+  wsis::bind_memory(m);
   wsis::bind_confusion(m);
   wsis::bind_normalize(m);
   wsis::bind_gated_crf(m);

@@ -15,7 +15,6 @@ class Crew {
  public:
   Crew(int part, int parts, Barrier* barrier) : part_(part), parts_(parts), barrier_(barrier) {}
 
-  int part() const { return part_; }
   int parts() const { return parts_; }
 
   // Splits [0, n) into equal ranges, as parallel_for does, one for each of the crew, or of its first

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import sys
 from types import ModuleType
@@ -69,21 +67,13 @@ def num_parts(touched: int) -> int:
 def prefer_huge_pages(tensor: Tensor) -> None:
     """Asks the system for pages of 2 MiB for a large new tensor, before it is written.
 
-    As csrc/cpu/memory.h: at first writing each page costs a fault, about 0.5 ms per MiB with pages
-    of 4 KiB. Nothing happens off the CPU, off Linux, or where the system has none to give.
+    See csrc/cpu/memory.h. Nothing happens off the CPU, or where the system has none to give.
 
     Args:
-        tensor: contiguous, of any dtype; its values are not touched.
+        tensor: contiguous float32 or float64; its values are not touched.
     """
-    if sys.platform != "linux" or tensor.device.type != "cpu":
-        return
-    page = 2 << 20
-    begin = tensor.data_ptr()
-    end = (begin + tensor.numel() * tensor.element_size()) // page * page
-    begin = -(-begin // page) * page
-    if begin < end:
-        size = ctypes.c_size_t(end - begin)
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), size, mmap.MADV_HUGEPAGE)
+    if tensor.device.type == "cpu":
+        _C.prefer_huge_pages(view(tensor))
 
 
 def cuda_function(name: str) -> Any:

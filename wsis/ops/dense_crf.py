@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from wsis._lattice import Term, mix_of
 from wsis.errors import InputError
 from wsis.ops import permutohedral
 from wsis.ops._lattice import allocator, driver, mean_field_op
@@ -219,9 +220,8 @@ def _make_term(term: Pairwise, images: Tensor, classes: int) -> Any:
     if isinstance(term, Gaussian):
         size = (images.shape[2], images.shape[3])
         if images.device.type == "cpu":
-            return permutohedral.place_term(
-                size, term.sxy, term.normalization, term.compat, classes
-            )
+            basis = permutohedral.places(size, term.sxy, term.normalization)
+            return Term(*basis, mix_of(term.compat, classes))
         lattice = permutohedral.gaussian_lattice(size, term.sxy, images.device)
     elif isinstance(term, Bilateral):
         lattice = permutohedral.bilateral_lattice(images, term.sxy, term.srgb)

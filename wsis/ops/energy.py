@@ -257,13 +257,14 @@ def _four_of_each(maps: Tensor, factor: Tensor) -> Tensor:
     batch, classes, height, width = maps.shape
     flat = maps.flatten(0, 1)
     pairs = flat.new_empty(len(flat), height, 2, width, dtype=maps.dtype.to_complex())
-    prefer_huge_pages(pairs)
+    values = torch.view_as_real(pairs)
+    prefer_huge_pages(values)
     planes = _planes_at_once(flat)
     products = flat.new_empty(planes, height, width)
     for some, out in zip(flat.split(planes), pairs.split(planes), strict=True):
         part = torch.mul(some, factor, out=products[: len(some)])[:, :, None].expand(out.shape)
         torch.complex(part, part, out=out)
-    return torch.view_as_real(pairs).view(batch, classes, 2 * height, 2 * width)
+    return values.view(batch, classes, 2 * height, 2 * width)
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ Sizes: ``B`` images, ``C`` channels of values, ``d`` features, ``c`` channels of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from wsis._lattice import Lattice, Term, mix_of, places
+from wsis import _lattice
+from wsis._lattice import Lattice
 from wsis.errors import InputError
 from wsis.ops._lattice import allocator, driver, filter_op
 from wsis.ops._native import num_threads
@@ -210,17 +210,12 @@ def gaussian_lattice(
 # ---- parts -------------------------------------------------------------------------------------
 
 
-def place_term(
-    size: tuple[int, int],
-    sigma_xy: float | tuple[float, float],
-    normalization: str,
-    compat: Any,
-    classes: int,
-) -> Term:
-    """A term of a CRF on the CPU by place alone; see `wsis._lattice.places` and ``make_term``."""
+def places(
+    size: tuple[int, int], sigma_xy: float | tuple[float, float], normalization: str
+) -> tuple[Lattice, Tensor | None, Tensor | None]:
+    """`gaussian_lattice` on the CPU and its normalisers, kept: see `wsis._lattice.places`."""
     with torch.inference_mode(False):  # what is kept must serve a gradient too
-        basis = places(size, _pair(sigma_xy), normalization, _empty, num_threads())
-    return Term(*basis, mix_of(compat, classes))
+        return _lattice.places(size, _pair(sigma_xy), normalization, _empty, num_threads())
 
 
 _empty = allocator(torch.device("cpu"))
